@@ -1,0 +1,223 @@
+"""The vocabulary of fl_jax: what a record, a site, a model, a client, an aggregator and a federated algorithm are.
+
+Everything here is a NamedTuple: values that are data are pytrees of arrays and pass through `jit`, `vmap` and `scan`; values that
+are behaviour (Model, Client, Aggregator, FederatedAlgorithm, ...) are plain tuples of pure functions, key first, state in and out.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import dp_accounting
+import jax
+
+Array = jax.Array
+PyTree = Any
+Key = jax.Array
+Metrics = dict[str, Array]
+
+
+class Variables(NamedTuple):
+    """What a model deploys.
+
+    params: trained leaves. stats: leaves that are measured, not trained (BatchNorm's running mean and variance); {} if none.
+    Statistics are averaged by a server and never optimized.
+    """
+
+    params: PyTree
+    stats: PyTree
+
+
+class Batch(NamedTuple):
+    """A mini-batch of static size B: x [B, ...], y [B, ...] (either may be a pytree), mask float32[B], 0 where a row is padding."""
+
+    x: PyTree
+    y: PyTree
+    mask: Array
+
+
+class Sites(NamedTuple):
+    """The records of N sites, one after another in flat device arrays, without padding to the largest.
+
+    x, y: pytrees of [R, ...]. offset, size: int32[N]; site i owns rows offset[i] : offset[i] + size[i].
+    """
+
+    x: PyTree
+    y: PyTree
+    offset: Array
+    size: Array
+
+
+class Site(NamedTuple):
+    """One site as a client sees it when a round reaches it: all scalars int32, and its key of this round.
+
+    id: its index among the N sites. num_records: how many records it holds. num_steps: how many steps it makes this round.
+    take: index int32[B] in [0, num_records) -> (x, y), for a client that looks at records before its first step.
+    """
+
+    id: Array
+    num_records: Array
+    num_steps: Array
+    take: Callable[[Array], tuple[PyTree, PyTree]]
+
+
+class Model(NamedTuple):
+    """A model behind the one bridge that algorithms use (see fl_jax.models).
+
+    init:    (key) -> Variables
+    loss:    (key, params, stats, batch) -> (scalar mean loss over the unmasked rows, stats); training mode
+    predict: (Variables, x [B, ...]) -> outputs [B, K] (logits; K = 1 for a single logit or a risk score); evaluation mode
+    evaluate: (outputs [B, K], y [B, ...]) -> per-record loss float32[B]; None where the loss is of the whole batch
+    modules: key path of a leaf's module, e.g. ("Dense_0",) -> module class; what `is_local` predicates look at
+    name:    named in results
+    """
+
+    init: Callable[[Key], Variables]
+    loss: Callable[[Key, PyTree, PyTree, Batch], tuple[Array, PyTree]]
+    predict: Callable[[Variables, PyTree], Array]
+    evaluate: Callable[[Array, PyTree], Array] | None
+    modules: Mapping[tuple[str, ...], type]
+    name: str
+
+
+IsLocal = Callable[[tuple[str, ...], type], bool]
+"""(key path of a leaf as strings, starting with "params" or "stats"; class of the module that owns it) -> stays at the site?"""
+
+Gradient = Callable[[Key, PyTree, PyTree, Batch], tuple[PyTree, PyTree, Metrics]]
+"""A gradient oracle: (key, params, stats, batch) -> (gradient like params, stats, metrics: scalars, a mean over the batch)."""
+
+
+def no_amplification(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
+    """The amplification of a sampler for which nothing can be claimed: the event itself."""
+    return event
+
+
+class Batches(NamedTuple):
+    """Which records are in which step.
+
+    size:    B, static
+    steps:   (num_records int32) -> int32, the steps a site makes in one round
+    draw:    (key, t, num_records) -> (index int32[B] in [0, num_records), mask float32[B]); pure, so the same on any lane
+    amplify: DpEvent of one step -> DpEvent of one sampled step
+    """
+
+    size: int
+    steps: Callable[[Array], Array]
+    draw: Callable[[Key, Array, Array], tuple[Array, Array]]
+    amplify: Callable[[dp_accounting.DpEvent], dp_accounting.DpEvent] = no_amplification
+
+
+def not_private(num_records: int) -> dp_accounting.DpEvent:
+    """The event of a client that promises nothing: epsilon is infinite."""
+    del num_records
+    return dp_accounting.NonPrivateDpEvent()
+
+
+class Client(NamedTuple):
+    """One site's side of a round, written for ONE site; the engine decides which sites step side by side.
+
+    init:    (variables) -> (shared, client_state): what is broadcast, and what one site keeps between rounds
+    begin:   (key, shared, client_state, site) -> carry
+    step:    (key, carry, shared, batch) -> carry: one mini-batch
+    end:     (carry, shared, client_state) -> (message, client_state, metrics): message is a pseudo-gradient like `shared`
+    model:   (shared, client_state) -> variables: what the site deploys; evaluation uses only this
+    batches: the records of each step
+    event:   (num_records) -> the record-level DpEvent of one round
+    """
+
+    init: Callable[[Variables], tuple[PyTree, PyTree]]
+    begin: Callable[[Key, PyTree, PyTree, Site], PyTree]
+    step: Callable[[Key, PyTree, PyTree, Batch], PyTree]
+    end: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree, Metrics]]
+    model: Callable[[PyTree, PyTree], Variables]
+    batches: Batches
+    event: Callable[[int], dp_accounting.DpEvent] = not_private
+
+
+class Aggregator(NamedTuple):
+    """How messages become one pseudo-gradient.
+
+    init:    (shared, num_clients) -> state
+    lift:    (key, state, weight, message) -> summand of one client; clipping lives here
+    combine: (key, state, total) -> (pseudo-gradient like shared, state, metrics); noise and division live here
+    event:   the client-level DpEvent of one round, before sampling
+    stacked: False: `total` is the sum of the summands, streamed (memory: one summand a lane). True: `total` is every summand,
+             stacked on a leading axis of the cohort's length (zeros where nobody took part), for medians and the like.
+    acts_when_empty: whether the server steps in a round without participants. A private aggregator must (that nobody came is
+             private too); the others must not (an empty round is not a zero gradient).
+    """
+
+    init: Callable[[PyTree, int], PyTree]
+    lift: Callable[[Key, PyTree, Array, PyTree], PyTree]
+    combine: Callable[[Key, PyTree, PyTree], tuple[PyTree, PyTree, Metrics]]
+    event: dp_accounting.DpEvent = dp_accounting.NonPrivateDpEvent()
+    stacked: bool = False
+    acts_when_empty: bool = False
+
+
+class Cohort(NamedTuple):
+    """Who takes part in a round.
+
+    ids:    int32[c], distinct; an id equal to the number of clients is padding
+    weight: float32[c], the client's weight in the aggregate; 0 = dropped out (it neither trains nor sends)
+    steps:  int32[c], a cap on the client's steps: a straggler does fewer than its batches prescribe
+    """
+
+    ids: Array
+    weight: Array
+    steps: Array
+
+
+class State(NamedTuple):
+    """Everything a federated run carries from round to round.
+
+    round: int32, rounds done. shared: what is broadcast. server: the optax state. aggregator: its state.
+    clients: what sites keep, every leaf with a leading axis of num_clients.
+    """
+
+    round: Array
+    shared: PyTree
+    server: PyTree
+    aggregator: PyTree
+    clients: PyTree
+
+
+class RoundMetrics(NamedTuple):
+    """What a round reports and the next does not need. None of it is covered by a privacy guarantee.
+
+    clients: each float32[c] in the cohort's order, 0 for padding and drop-outs: "participated", "nonfinite" (1: the message was
+             not finite and was left out), "steps", and what the client's `end` returns.
+    server:  scalars: "participants", "nonfinite", "lane_steps" (steps executed, idle lanes included), "steps" (useful ones),
+             "update_norm", and what the aggregator's `combine` returns.
+    """
+
+    clients: Metrics
+    server: Metrics
+
+
+class FederatedAlgorithm(NamedTuple):
+    """All that training, evaluation and tests may touch.
+
+    init:  (variables, num_clients) -> State
+    round: (key, State, Cohort, Sites) -> (State, RoundMetrics)
+    model: (State, id int32) -> Variables that site `id` deploys; vmap it for several
+    payload: (State) -> (down, up), bytes that one client receives and sends in a round; Python ints
+    client_event: the client-level DpEvent of one round, before client sampling is accounted
+    record_event: (num_records) -> the record-level DpEvent of one round at a site
+    """
+
+    init: Callable[[Variables, int], State]
+    round: Callable[[Key, State, Cohort, Sites], tuple[State, RoundMetrics]]
+    model: Callable[[State, Array], Variables]
+    payload: Callable[[State], tuple[int, int]]
+    client_event: dp_accounting.DpEvent
+    record_event: Callable[[int], dp_accounting.DpEvent]
+
+
+class Sampling(NamedTuple):
+    """Who takes part: draw: (key, sites) -> Cohort; amplify: DpEvent of one round -> DpEvent of one sampled round.
+
+    The sampler alone knows the amplification that it earns.
+    """
+
+    draw: Callable[[Key, Sites], Cohort]
+    amplify: Callable[[dp_accounting.DpEvent], dp_accounting.DpEvent]
