@@ -47,6 +47,19 @@ class Sites(NamedTuple):
     size: Array
 
 
+class Splits(NamedTuple):
+    """The device side of a federated data set: Sites for training, validation and test of the same N sites, in the same order, and
+    `unseen`: sites that take no part in training (N may be 0), whose records are all for testing.
+
+    Stacked over seeds, every leaf has a leading axis of seeds.
+    """
+
+    train: Sites
+    validation: Sites
+    test: Sites
+    unseen: Sites
+
+
 class Site(NamedTuple):
     """One site as a client sees it when a round reaches it: all scalars int32, and its key of this round.
 
