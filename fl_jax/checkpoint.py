@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from fl_jax.errors import FlJaxError
 from fl_jax.files import check_config, disk_errors, explain, read_json, sync_folder, write_json
 from fl_jax.leaves import Description, describe, from_arrays, templates, to_arrays
+from fl_jax.runtime import to_stderr
 from fl_jax.types import PyTree
 
 __all__ = ["Checkpoints", "check_config"]
@@ -39,11 +40,6 @@ _LOCK = ".lock"
 _LEFTOVER = ".orbax-checkpoint-tmp"
 _NEVER_EMPTY = {"leaves": np.asarray(0)}  # orbax refuses a tree without leaves
 _SETTLE = 0.2  # seconds for writes that are under way to end, after one of them failed
-
-
-def to_stderr(sentence: str) -> None:
-    """Print one sentence to the standard error stream: what `Checkpoints` does with a report unless told otherwise."""
-    print(sentence, file=sys.stderr)
 
 
 @contextlib.contextmanager

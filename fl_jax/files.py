@@ -53,7 +53,7 @@ def sync_folder(folder: Path) -> None:
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a whole file so that a reader, or a run after a crash, finds the old content or the new, never a part.
 
-    The bytes go to a hidden file beside `path` (".name.tmp"), are flushed to the disk, and renamed into place. Raises OSError, with
+    The bytes go to a hidden file beside `path` (".name.tmp"), are flushed to the disk, and renamed. Raises OSError, with
     the old file untouched. One writer at a time.
     """
     temporary = path.with_name(f".{path.name}.tmp")
