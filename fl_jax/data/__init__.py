@@ -1,0 +1,68 @@
+"""Federated data sets: the type, ways to get one (arrays, CSV, partitions, simulated hospitals), and what is in it."""
+
+from fl_jax.data.arrays import from_arrays
+from fl_jax.data.csv_table import parse_csv
+from fl_jax.data.describe import class_counts, describe, site_class_counts
+from fl_jax.data.federated import FederatedDataset, hold_out, pooled_train, stack
+from fl_jax.data.hospitals import simulated_hospitals
+from fl_jax.data.partition import (
+    by_column,
+    classes_per_client,
+    dirichlet_per_class,
+    dirichlet_per_client,
+    iid,
+    quantity_dirichlet,
+    quantity_lognormal,
+    shards,
+)
+from fl_jax.data.plots import label_distribution
+from fl_jax.data.records import Records, no_records
+from fl_jax.data.shift import Calibration, calibrate, draw_calibration, shift_features
+from fl_jax.data.sklearn_sources import Source, breast_cancer, digits
+from fl_jax.data.split import split_records
+from fl_jax.data.standardize import (
+    as_measured,
+    pooled_statistics,
+    site_statistics,
+    standardize_features,
+)
+from fl_jax.data.tabular import Table, read_csv, read_table
+
+__all__ = [
+    "Calibration",
+    "FederatedDataset",
+    "Records",
+    "Source",
+    "Table",
+    "as_measured",
+    "breast_cancer",
+    "by_column",
+    "calibrate",
+    "class_counts",
+    "classes_per_client",
+    "describe",
+    "digits",
+    "dirichlet_per_class",
+    "dirichlet_per_client",
+    "draw_calibration",
+    "from_arrays",
+    "hold_out",
+    "iid",
+    "label_distribution",
+    "no_records",
+    "parse_csv",
+    "pooled_statistics",
+    "pooled_train",
+    "quantity_dirichlet",
+    "quantity_lognormal",
+    "read_csv",
+    "read_table",
+    "shards",
+    "shift_features",
+    "simulated_hospitals",
+    "site_class_counts",
+    "site_statistics",
+    "split_records",
+    "stack",
+    "standardize_features",
+]
