@@ -1,4 +1,4 @@
-"""Metrics of classifiers, for all sites at once: segment operations over flat predictions, one sort for what needs an order.
+"""Metrics of classifiers, for all sites at once: segment operations over flat predictions.
 
 A metric maps the predictions of R records at N sites to one float32 per site, NaN where it is undefined; all shapes are static,
 so a whole study (seeds x evaluation points x arms) measures inside one compiled program. Counts are summed as integers: a metric
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fl_jax.errors import FlJaxError
+from fl_jax.ranks import Ranks, rank
 from fl_jax.types import Array, PyTree
 
 
@@ -118,7 +119,7 @@ def auroc(predictions: Predictions) -> Array:
     and negatives at the site; scikit-learn's roc_auc_score(multi_class="ovr") where every class is present.
     """
 
-    def of_class(ranks: _Ranks) -> Array:
+    def of_class(ranks: Ranks) -> Array:
         # Twice the number of (positive, negative) pairs in the right order, a tie being half a pair: an exact integer.
         doubled = ranks.sum_of_positives(2 * ranks.negatives_below + ranks.negatives_tied)
         pairs = ranks.positives.astype(jnp.float32) * ranks.negatives.astype(jnp.float32)
@@ -134,7 +135,7 @@ def average_precision(predictions: Predictions) -> Array:
     scikit-learn's 1 says nothing about the model. K > 2: as `auroc`.
     """
 
-    def of_class(ranks: _Ranks) -> Array:
+    def of_class(ranks: Ranks) -> Array:
         precision = ranks.positives_from / jnp.maximum(ranks.records_from, 1)
         # In fixed point, so that the sum rounds nothing and does not depend on an order.
         total = ranks.sum_of_positives(jnp.round(precision * 2.0**31))
@@ -178,64 +179,7 @@ def log_odds(outputs: Array) -> Array:
     return jnp.where(most_likely, outputs - others, log_p - jnp.log1p(-jnp.exp(log_p)))
 
 
-class _Ranks(NamedTuple):
-    """One class against the rest: the records sorted by (site, score), and each one's place among those of its site, int32[R].
-
-    begin, end: int32[N], a site's span in that order. positives, negatives: int32[N].
-    """
-
-    positive: Array
-    negatives_below: Array
-    negatives_tied: Array
-    positives_from: Array  # positives whose score is not below this record's
-    records_from: Array  # records whose score is not below this record's
-    begin: Array
-    end: Array
-    positives: Array
-    negatives: Array
-
-    def sum_of_positives(self, values: Array) -> Array:
-        """The sums of values in [0, 2**32), whole numbers of shape [R], over the positive records of each site: float32[N]."""
-        values = jnp.where(self.positive > 0, values, 0).astype(jnp.uint32)
-        # 32 bits cannot hold the sum, so each value is cut into digits small enough that R of them fit; a site's sum of a digit
-        # is the difference of two running totals.
-        bits = 32 - values.shape[0].bit_length()
-        total = jnp.zeros(self.begin.shape, jnp.float32)
-        for shift in range(0, 32, bits):
-            running = _running_total((values >> shift) & jnp.uint32(2**bits - 1))
-            total += (running[self.end] - running[self.begin]).astype(jnp.float32) * 2.0**shift
-        return total
-
-
-def _rank(score: Array, positive: Array, site: Array, num_records: Array) -> _Ranks:
-    """Ranks R > 0 records: score float32[R], positive bool[R], site int32[R], num_records int32[N]."""
-    site, score, positive = jax.lax.sort((site, score, positive.astype(jnp.int32)), num_keys=2, is_stable=False)
-    num_rows = site.shape[0]
-    index = jnp.arange(num_rows, dtype=jnp.int32)
-    edge = jnp.ones(1, bool)
-    changes = (site[1:] != site[:-1]) | (score[1:] != score[:-1])
-    # A group of equal scores spans start : stop.
-    start = jax.lax.cummax(jnp.where(jnp.concatenate([edge, changes]), index, 0))
-    stop = jax.lax.cummin(jnp.where(jnp.concatenate([changes, edge]), index + 1, num_rows), reverse=True)
-    before = _running_total(positive)
-    bounds = _running_total(num_records)
-    begin, end = bounds[:-1], bounds[1:]
-    first, last = bounds[site], jnp.append(end, num_rows)[site]  # of the record's own site; padding is the last "site"
-    positives = before[end] - before[begin]
-    return _Ranks(
-        positive=positive,
-        negatives_below=(start - before[start]) - (first - before[first]),
-        negatives_tied=(stop - before[stop]) - (start - before[start]),
-        positives_from=before[last] - before[start],
-        records_from=last - start,
-        begin=begin,
-        end=end,
-        positives=positives,
-        negatives=num_records - positives,
-    )
-
-
-def _one_versus_rest(predictions: Predictions, of_class: Callable[[_Ranks], Array]) -> Array:
+def _one_versus_rest(predictions: Predictions, of_class: Callable[[Ranks], Array]) -> Array:
     """A metric of ranks, float32[N]: class 1's for K <= 2, else the mean over the classes that have positives and negatives."""
     _require_class(predictions.y)
     if predictions.site.shape[0] == 0 or predictions.num_sites == 0:
@@ -244,7 +188,7 @@ def _one_versus_rest(predictions: Predictions, of_class: Callable[[_Ranks], Arra
     classes = jnp.arange(scores.shape[1]) if scores.shape[1] > 2 else jnp.ones(1, jnp.int32)
 
     def one(label: Array, score: Array) -> tuple[Array, Array]:
-        ranks = _rank(score, predictions.y == label, predictions.site, predictions.num_records)
+        ranks = rank(score, predictions.y == label, predictions.site, predictions.num_records)
         return of_class(ranks), (ranks.positives > 0) & (ranks.negatives > 0)
 
     values, defined = jax.vmap(one)(classes, scores[:, -classes.shape[0] :].T)
@@ -270,11 +214,6 @@ def _class_counts(predictions: Predictions, values: Array) -> Array:
 def _count(values: Array, segment: Array, num_segments: int) -> Array:
     """Sums of integer or boolean values [R] by segment: int32[num_segments]; a segment out of range counts nowhere."""
     return jax.ops.segment_sum(values.astype(jnp.int32), segment, num_segments)
-
-
-def _running_total(values: Array) -> Array:
-    """0, v0, v0 + v1, ...: [n + 1] of the values' own integer type, from [n]."""
-    return jnp.concatenate([jnp.zeros(1, values.dtype), jnp.cumsum(values, dtype=values.dtype)])
 
 
 def _mean_where(where: Array, values: Array) -> Array:

@@ -108,9 +108,9 @@ def test_only_the_chunks_that_exist_are_predicted_and_no_seed_pays_a_copy_of_the
     jax.effects_barrier()
     assert len(visited) == np.sum(-(-SIZES[0] // CHUNK))
     # vmapped over seeds, the loop's bound is one number: nothing selects between whole arrays of outputs in its body.
-    text = str(jax.make_jaxpr(jax.vmap(predict_own))(sites, w))
-    assert "while" in text
-    assert not [line for line in text.splitlines() if "select_n" in line and f"f32[2,{NUM_ROWS},{NUM_CLASSES}]" in line]
+    lines = jax.jit(jax.vmap(predict_own)).lower(sites, w).as_text().splitlines()
+    assert any("stablehlo.while" in line for line in lines)
+    assert not [line for line in lines if "stablehlo.select" in line and f"2x{NUM_ROWS}x{NUM_CLASSES}xf32" in line]
 
 
 def test_one_model_for_all_is_predict_sites_with_a_constant_model():
