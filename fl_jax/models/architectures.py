@@ -1,0 +1,152 @@
+"""Networks of the federated literature as linen modules; published parameter counts are in the docstrings and are tested."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+
+from fl_jax.models.convolution import Convolution
+from fl_jax.models.layers import Conv, max_pool
+from fl_jax.types import Array
+
+Norm = Callable[[bool], nn.Module]
+"""(train) -> a normalisation layer. A function, since BatchNorm needs to know the mode and GroupNorm does not."""
+
+
+def batch_norm(train: bool) -> nn.Module:
+    """BatchNorm whose running averages move by a tenth a step (PyTorch's default; flax's own is a hundredth)."""
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9)
+
+
+def group_norm(train: bool) -> nn.Module:
+    """GroupNorm with 32 groups: no statistics, so nothing that differs between training and evaluation."""
+    del train
+    return nn.GroupNorm(num_groups=32)
+
+
+class LogisticRegression(nn.Module):
+    """Multinomial logistic regression, one dense layer: x [B, ...], flattened -> logits [B, num_classes].
+
+    7,850 parameters for 784 features and 10 classes.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+
+
+class TwoNN(nn.Module):
+    """The "2NN": two hidden layers of 200 ReLU units (McMahan et al. 2017, arXiv 1602.05629, section 3).
+
+    x [B, ...], flattened -> logits [B, num_classes]. 199,210 parameters for 784 features and 10 classes, as published.
+    """
+
+    num_classes: int = 10
+    hidden: int = 200
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(nn.Dense(self.hidden)(x))
+        x = nn.relu(nn.Dense(self.hidden)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+class TabularNet(nn.Module):
+    """A small network for tables with one BatchNorm: dense, BatchNorm, ReLU, dense. x [B, features] -> logits [B, num_classes]."""
+
+    num_classes: int
+    hidden: int = 64
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        x = nn.Dense(self.hidden)(x)
+        x = nn.relu(batch_norm(train)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+class FedAvgCNN(nn.Module):
+    """The CNN of McMahan et al. 2017 (arXiv 1602.05629, section 3): 5 x 5 convolutions to 32 and 64 channels, each with ReLU and
+    2 x 2 max pooling, a dense layer of 512, softmax.
+
+    x [B, 28, 28, 1] -> logits [B, num_classes]. 1,663,370 parameters for 10 classes, as published; EMNIST has 62 classes.
+    """
+
+    num_classes: int = 10
+    implementation: Convolution | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for features in (32, 64):
+            x = nn.relu(Conv(features, (5, 5), implementation=self.implementation)(x))
+            x = max_pool(x, (2, 2), strides=(2, 2))
+        x = nn.relu(nn.Dense(512)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(self.num_classes)(x)
+
+
+class PflCifarCNN(nn.Module):
+    """The CIFAR-10 CNN of personalised-learning comparisons: 3 x 3 convolutions without padding to 32 and 64 channels with ReLU,
+    2 x 2 max pooling, dropout .25, a dense layer of 128 with ReLU, dropout .5, softmax (the layers of PyTorch's MNIST example).
+
+    x [B, 32, 32, 3] -> logits [B, num_classes]. 1,626,442 parameters for 10 classes.
+    """
+
+    num_classes: int = 10
+    implementation: Convolution | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        x = nn.relu(Conv(32, (3, 3), padding="VALID", implementation=self.implementation)(x))
+        x = nn.relu(Conv(64, (3, 3), padding="VALID", implementation=self.implementation)(x))
+        x = max_pool(x, (2, 2), strides=(2, 2))
+        x = nn.Dropout(0.25, deterministic=not train)(x)
+        x = nn.relu(nn.Dense(128)(x.reshape(x.shape[0], -1)))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(self.num_classes)(x)
+
+
+class ResidualBlock(nn.Module):
+    """A basic block (He et al. 2016, figure 2): two 3 x 3 convolutions beside a shortcut, which is a 1 x 1 convolution with a norm
+    of its own where the shape changes."""
+
+    features: int
+    strides: tuple[int, int]
+    norm: Norm
+    implementation: Convolution | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        def conv(kernel_size: tuple[int, int], strides: tuple[int, int]) -> nn.Module:
+            # torch pads a strided 3 x 3 convolution by (1, 1); "SAME" would pad by (0, 1) and shift the image
+            padding = tuple(((k - 1) // 2, (k - 1) // 2) for k in kernel_size)
+            return Conv(self.features, kernel_size, strides, padding, use_bias=False, implementation=self.implementation)
+
+        y = nn.relu(self.norm(train)(conv((3, 3), self.strides)(x)))
+        y = self.norm(train)(conv((3, 3), (1, 1))(y))
+        if x.shape != y.shape:
+            x = self.norm(train)(conv((1, 1), self.strides)(x))
+        return nn.relu(x + y)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al. 2016, arXiv 1512.03385, table 1) with the CIFAR stem: a 3 x 3 convolution and no pooling.
+
+    x [B, H, W, channels] -> logits [B, num_classes]. norm: (train) -> layer, e.g. `batch_norm` or `group_norm` (Hsieh et al. 2020,
+    arXiv 1910.00189: BatchNorm suffers from skewed labels, GroupNorm does not). 11,173,962 parameters for 3 channels and 10 classes.
+    """
+
+    num_classes: int
+    norm: Norm
+    width: int = 64
+    implementation: Convolution | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        x = Conv(self.width, (3, 3), use_bias=False, implementation=self.implementation)(x)
+        x = nn.relu(self.norm(train)(x))
+        for stage in range(4):
+            for block in range(2):
+                strides = (2, 2) if stage > 0 and block == 0 else (1, 1)
+                x = ResidualBlock(self.width * 2**stage, strides, self.norm, self.implementation)(x, train)
+        return nn.Dense(self.num_classes)(x.mean(axis=(1, 2)))
