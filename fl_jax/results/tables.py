@@ -21,7 +21,7 @@ from fl_jax.statistics import Interval
 
 MISSING = "–"
 _GAP = 3  # what rich draws between two columns of a box without lines
-_TEXT_WIDTH = 20  # a column of text is not folded to fewer characters than this
+_TEXT_WIDTH = 16  # a column of text is not folded to fewer characters than this
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -102,7 +102,9 @@ class Table(NamedTuple):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.title:
             yield Text(self.title, style="bold")
-        for block in self._blocks(options.max_width):
+        for i, block in enumerate(self._blocks(options.max_width)):
+            if i:
+                yield Text("")
             table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
             for column in block:
                 table.add_column(
@@ -120,8 +122,10 @@ class Table(NamedTuple):
             yield Text(f"{_superscript(mark)} {note}")
 
     def _blocks(self, width: int) -> list[list["_Laid"]]:
-        """The columns as they fit into a width: as they are, with folded headings, with intervals below their means, or in several
-        blocks that each begin with the first column."""
+        """The columns as they fit into a width.
+
+        As they are, with folded headings, with intervals below their means, or in blocks that each begin with the first column.
+        """
         texts = [(column, [cells[i] for cells in self.cells]) for i, column in enumerate(self.columns)]
         laid = []
         for fold, break_cells in ((False, False), (True, False), (True, True)):
