@@ -34,6 +34,13 @@ def test_seed_draws_who_is_treated_where():
     np.testing.assert_array_equal(a.train.x, again.train.x)
     assert (a.train.x != b.train.x).any()
 
+    def patients_of_the_largest(seed):
+        data = simulated_hospitals(seed, gain=0, offset=0, noise=0, statistics=as_measured)
+        return {tuple(row) for t in (data.train, data.validation, data.test) for row in t.x[t.sites == 0]}
+
+    shared = len(patients_of_the_largest(1) & patients_of_the_largest(2))
+    assert shared < 170 / 2  # by chance about 170 * 170 / 569 = 51, but all 170 if only the split were drawn
+
 
 def test_without_shift_and_noise_the_records_are_the_real_patients():
     data = simulated_hospitals(0, gain=0, offset=0, noise=0, statistics=as_measured)

@@ -36,8 +36,9 @@ def from_arrays(
 ) -> FederatedDataset:
     """A federated data set from records in NumPy arrays; the splits are drawn by `seed`.
 
-    x, y: arrays (or lists of numbers) or pytrees of them, [R, ...]. site: integer or string [R], the site of each record (a natural partition, or the
-    result of one of fl_jax.data.partition); sites are ordered by name. site_names: names for integer sites 0, 1, ...
+    x, y: arrays (or lists of numbers) or pytrees of them, [R, ...]. site: integer or string [R], the site of each record (a
+    natural partition, or the result of one of fl_jax.data.partition); sites are ordered by name. site_names: names for integer
+    sites 0, 1, ...
     validation, test: fractions of every site's records for validation and test. group: [R], e.g. the patient of each record: no
     group is in two splits, nor in training and at an unseen site. unseen: names of sites to hold out whole.
     num_classes: None finds it for integer y [R] (largest label + 1); 0 says that y is no class. label: int[R] from 0 to stratify

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.datasets import load_breast_cancer, load_digits
 
 
 class Source(NamedTuple):
@@ -23,6 +22,9 @@ def breast_cancer() -> Source:
     y: 0 benign (357), 1 malignant (212), so that class 1 is the finding; scikit-learn counts the other way round. One record a
     patient. Source: Street, Wolberg and Mangasarian 1993 (UCI Machine Learning Repository, doi 10.24432/C5DW2B).
     """
+    # imported here, because it costs a second that other sources need not pay
+    from sklearn.datasets import load_breast_cancer
+
     data = load_breast_cancer()
     return Source(
         name="breast cancer Wisconsin",
@@ -40,6 +42,8 @@ def digits() -> Source:
     Source: test set of Alpaydin and Kaynak 1998 (UCI Machine Learning Repository, doi 10.24432/C50P49). The 13 writers of these
     images are not recorded, so a split by writer is not possible.
     """
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     return Source(
         name="digits",
