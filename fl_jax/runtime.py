@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from fl_jax.errors import FlJaxError
 from fl_jax.files import explain
@@ -86,7 +85,6 @@ def compilation_cache(
     jax.config.update("jax_compilation_cache_dir", str(target))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax_cache.reset_cache()  # jax looks for a cache once, at the first compilation, which may have been
     return target
 
 
