@@ -109,13 +109,15 @@ class Batches(NamedTuple):
 
     size:    B, static
     steps:   (num_records int32) -> int32, the steps a site makes in one round
-    draw:    (key, t, num_records) -> (index int32[B] in [0, num_records), mask float32[B]); pure, so the same on any lane
+    order:   (key, num_records) -> what a site prepares once a round, e.g. the seed of its order
+    draw:    (order, t) -> (index int32[B] in [0, num_records), mask float32[B]); pure, so the same on any lane
     amplify: DpEvent of one step -> DpEvent of one sampled step
     """
 
     size: int
     steps: Callable[[Array], Array]
-    draw: Callable[[Key, Array, Array], tuple[Array, Array]]
+    order: Callable[[Key, Array], PyTree]
+    draw: Callable[[PyTree, Array], tuple[Array, Array]]
     amplify: Callable[[dp_accounting.DpEvent], dp_accounting.DpEvent] = no_amplification
 
 

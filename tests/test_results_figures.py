@@ -25,7 +25,7 @@ SITES = ("A", "B", "C")
 def metrics(seeds: int = 3) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     rows = []
-    for (i, arm), seed, round in itertools.product(enumerate(ARMS), range(seeds), range(0, 5)):
+    for (i, arm), seed, round in itertools.product(enumerate(ARMS), range(seeds), range(5)):
         values = {site: 0.5 + 0.05 * round + 0.02 * i - 0.06 * j + 0.01 * rng.random() for j, site in enumerate(SITES)}
         rows += [MetricRow(arm, seed, round, "test", site, "AUROC", value) for site, value in values.items()]
         rows.append(MetricRow(arm, seed, round, "test", "mean", "AUROC", float(np.mean(list(values.values())))))

@@ -1,0 +1,249 @@
+"""The round: the only place that gathers, vmaps, shards and reduces.
+
+`federate` joins a client, an aggregator and an optax server into a FederatedAlgorithm. What the server broadcasts (`shared`) is one
+pytree, a site answers with a pseudo-gradient of exactly that structure, and everything else is a transformation or a reduction.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from fl_jax import schedule, trees
+from fl_jax.types import (
+    Aggregator,
+    Array,
+    Batch,
+    Client,
+    Cohort,
+    FederatedAlgorithm,
+    Key,
+    PyTree,
+    RoundMetrics,
+    Site,
+    Sites,
+    State,
+    Variables,
+)
+
+NEVER = jnp.iinfo(jnp.int32).max // 2
+CLIENTS = "clients"  # the mesh axis over which sites are dealt
+
+
+class Engine(NamedTuple):
+    """How a round is executed; results do not depend on it, but for float32 rounding of sums.
+
+    lanes: how many sites step side by side on each device (fl_jax.tuning chooses). mesh: a jax Mesh with an axis named "clients" over
+    whose devices a cohort is dealt; None: one device.
+    """
+
+    lanes: int = 1
+    mesh: Mesh | None = None
+
+
+ONE_LANE = Engine()
+
+
+def federate(
+    client: Client, aggregator: Aggregator, server: optax.GradientTransformation, engine: Engine = ONE_LANE
+) -> FederatedAlgorithm:
+    """Joins a client, an aggregator and a server optimizer into a federated algorithm.
+
+    client: what a site does, written for one site. aggregator: how messages become one pseudo-gradient. server: an optax transformation
+    of that pseudo-gradient; optax.sgd(1.0) is plain averaging. Results do not depend on the order of the cohort or on padding.
+    """
+    lanes, mesh = engine
+    num_devices = 1 if mesh is None else mesh.shape[CLIENTS]
+
+    def init(variables: Variables, num_clients: int) -> State:
+        shared, kept = client.init(variables)
+        clients = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_clients, *jnp.shape(leaf))), kept)
+        return State(jnp.int32(0), shared, server.init(shared), aggregator.init(shared, num_clients), clients)
+
+    def round(key: Key, state: State, cohort: Cohort, sites: Sites) -> tuple[State, RoundMetrics]:
+        site_key, server_key = jax.random.split(key)
+        num_clients = sites.size.shape[0]
+        size = jnp.take(sites.size, cohort.ids, mode="clip")
+        active = (cohort.ids >= 0) & (cohort.ids < num_clients) & (cohort.weight > 0) & (size > 0)
+        steps = jnp.where(active, jnp.minimum(client.batches.steps(size), cohort.steps), 0).astype(jnp.int32)
+        tasks = _Tasks(cohort.ids, cohort.weight, jnp.take(sites.offset, cohort.ids, mode="clip"), size, steps,
+                       trees.rows(state.clients, cohort.ids))
+        work = partial(_work, client, aggregator, lanes)
+        queues = schedule.deal(cohort.ids, steps, num_devices)
+        inputs = (site_key, state.shared, state.aggregator, tasks, sites)
+        if mesh is None:
+            done = work(jax.tree.map(lambda leaf: leaf[0], queues), *inputs)
+        else:
+            done = _sharded(work, mesh)(queues, *inputs)
+
+        participants = jnp.sum(done.reports["participated"])
+        pseudo_gradient, aggregate, reported = aggregator.combine(server_key, state.aggregator, done.total)
+        updates, optimizer = server.update(pseudo_gradient, state.server, state.shared)
+        after = State(state.round, optax.apply_updates(state.shared, updates), optimizer, aggregate, state.clients)
+        if not aggregator.acts_when_empty:
+            after = trees.select(participants > 0, after, state)
+        # a site that did not take part, or whose message was not finite, keeps what it had
+        accepted = done.reports["participated"] > 0
+        clients = trees.set_rows(after.clients, jnp.where(accepted, cohort.ids, num_clients), done.kept)
+        metrics = {
+            "participants": participants,
+            "nonfinite": jnp.sum(done.reports["nonfinite"]),
+            "steps": jnp.sum(steps).astype(jnp.float32),
+            "lane_steps": done.lane_steps,
+            "update_norm": optax.tree.norm(updates),
+            **reported,
+        }
+        return after._replace(round=state.round + 1, clients=clients), RoundMetrics(done.reports, metrics)
+
+    def model(state: State, id: Array) -> Variables:
+        return client.model(state.shared, trees.row(state.clients, id))
+
+    def payload(state: State) -> tuple[int, int]:
+        return trees.num_bytes(state.shared), trees.num_bytes(state.shared)
+
+    return FederatedAlgorithm(init, round, model, payload, aggregator.event, client.event)
+
+
+def client_mesh(num_devices: int | None = None) -> Mesh | None:
+    """A mesh over the first `num_devices` devices (all of them by default), whose axis is "clients"; None for a single device."""
+    devices = jax.devices()[:num_devices]
+    return jax.make_mesh((len(devices),), (CLIENTS,), axis_types=(AxisType.Auto,), devices=devices) if len(devices) > 1 else None
+
+
+def site_keys(key: Key, id: Array) -> Key:
+    """The four keys of a site in a round: for the order of its records, its beginning, its steps, and the aggregator. key: the round's."""
+    return jax.random.split(jax.random.fold_in(key, id), 4)
+
+
+class _Tasks(NamedTuple):
+    """The cohort with what its sites hold, every leaf [c, ...]."""
+
+    id: Array
+    weight: Array
+    offset: Array
+    size: Array
+    steps: Array
+    kept: PyTree
+
+
+class _Lane(NamedTuple):
+    """What a lane is doing; stacked, every leaf [L, ...]. slot: its place in the cohort. order: of its batches. t: steps made. left: to go."""
+
+    slot: Array
+    offset: Array
+    key: Key
+    order: PyTree
+    t: Array
+    left: Array
+    carry: PyTree
+
+
+class _Done(NamedTuple):
+    """What came of a cohort. total: the aggregator's summands. kept: client states [c, ...]. reports: metrics [c]."""
+
+    total: PyTree
+    kept: PyTree
+    reports: dict[str, Array]
+    lane_steps: Array
+
+
+def _sharded(work: Any, mesh: Mesh) -> Any:
+    """`work` on every device of the mesh with its own queue; each slot is filled on one device only, so sums put them together."""
+
+    def one_device(queues: schedule.Queues, *inputs: Any) -> _Done:
+        done = work(jax.tree.map(lambda leaf: leaf[0], queues), *inputs)
+        return jax.tree.map(lambda leaf: jax.lax.psum(leaf, CLIENTS), done)
+
+    everywhere = PartitionSpec()
+    return jax.shard_map(one_device, mesh=mesh, in_specs=(PartitionSpec(CLIENTS), *(everywhere,) * 5), out_specs=everywhere, check_vma=False)
+
+
+def _work(
+    client: Client, aggregator: Aggregator, lanes: int,
+    queue: schedule.Queues, key: Key, shared: PyTree, aggregate: PyTree, tasks: _Tasks, sites: Sites,
+) -> _Done:
+    """One device works through its queue. The hot loop is vmapped steps with neither mask nor cond in it, up to the step at which the
+    next lane's site ends; then that one site ends, is lifted into the total, and its lane begins the next site of the queue."""
+
+    def take(offset: Array, index: Array) -> tuple[PyTree, PyTree]:
+        return trees.copy_rows((sites.x, sites.y), offset + index)
+
+    def begin(position: Array) -> _Lane:
+        slot = queue.slot[jnp.minimum(position, queue.slot.shape[0] - 1)]
+        task = trees.row(tasks, slot)
+        site = Site(task.id, task.size, task.steps, partial(take, task.offset))
+        ordering, beginning, stepping, _ = site_keys(key, task.id)
+        order = client.batches.order(ordering, jnp.maximum(task.size, 1))
+        left = jnp.where(position < queue.length, task.steps, NEVER)
+        return _Lane(slot, task.offset, stepping, order, jnp.int32(0), left, client.begin(beginning, shared, task.kept, site))
+
+    def step(key: Key, t: Array, carry: PyTree, batch: Batch) -> PyTree:
+        return client.step(jax.random.fold_in(key, t), carry, shared, batch)
+
+    def advance(group: _Lane, count: Array) -> _Lane:
+        def together(i: Array, carry: PyTree) -> PyTree:
+            t = group.t + i
+            index, mask = jax.vmap(client.batches.draw)(group.order, t)
+            rows = trees.copy_rows((sites.x, sites.y), (group.offset[:, None] + index).reshape(-1))
+            x, y = jax.tree.map(lambda leaf: leaf.reshape(*mask.shape, *leaf.shape[1:]), rows)
+            return _side_by_side(step, lanes)(group.key, t, carry, Batch(x, y, mask))
+
+        carry = jax.lax.fori_loop(0, count, together, group.carry)
+        return group._replace(carry=carry, t=group.t + count, left=group.left - count)
+
+    def finish(done: _Done, lane: _Lane) -> _Done:
+        task = trees.row(tasks, lane.slot)
+        message, kept, reports = client.end(lane.carry, shared, task.kept)
+        finite = trees.all_finite((message, kept))
+        weight = jnp.where(finite, task.weight, 0.0)
+        message = trees.select(finite, message, jax.tree.map(jnp.zeros_like, message))
+        summand = aggregator.lift(site_keys(key, task.id)[3], aggregate, weight, message)
+        if aggregator.stacked:
+            total = trees.set_row(done.total, lane.slot, summand)
+        else:
+            total = jax.tree.map(jnp.add, done.total, summand)
+        reports = {name: jnp.float32(value) for name, value in reports.items()} | {
+            "participated": jnp.float32(finite), "nonfinite": 1.0 - jnp.float32(finite), "steps": jnp.float32(lane.t)}
+        return _Done(total, trees.set_row(done.kept, lane.slot, kept), trees.set_row(done.reports, lane.slot, reports), done.lane_steps)
+
+    def turn(loop: tuple[_Done, _Lane, Array, Array]) -> tuple[_Done, _Lane, Array, Array]:
+        done, group, ended, begun = loop
+        which = jnp.argmin(group.left)
+        count = group.left[which]
+        group = advance(group, count)
+        done = finish(done, trees.row(group, which))._replace(lane_steps=done.lane_steps + jnp.float32(lanes) * count)
+        return done, trees.set_row(group, which, begin(begun)), ended + 1, begun + 1
+
+    group = jax.vmap(begin)(jnp.arange(lanes, dtype=jnp.int32))
+    nothing = _nothing(client, aggregator, key, shared, aggregate, tasks, trees.row(group.carry, jnp.int32(0)))
+    done, _, _, _ = jax.lax.while_loop(lambda loop: loop[2] < queue.length, turn, (nothing, group, jnp.int32(0), jnp.int32(lanes)))
+    return done
+
+
+def _side_by_side(step: Any, lanes: int) -> Any:
+    """vmap over the lanes; a single lane is stepped without a batch axis, which costs less."""
+    if lanes > 1:
+        return jax.vmap(step)
+
+    def alone(*stacked: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[None], step(*jax.tree.map(lambda leaf: leaf[0], stacked)))
+
+    return alone
+
+
+def _nothing(client: Client, aggregator: Aggregator, key: Key, shared: PyTree, aggregate: PyTree, tasks: _Tasks, carry: PyTree) -> _Done:
+    """The zero that a device starts from, shaped as the client and the aggregator prescribe."""
+    kept = trees.row(tasks.kept, jnp.int32(0))
+    message, _, reports = jax.eval_shape(client.end, carry, shared, kept)
+    if str(jax.tree.structure(message)) != str(jax.tree.structure(shared)):
+        raise TypeError(f"a client's message must have the structure of what is shared: {jax.tree.structure(message)} is not "
+                        f"{jax.tree.structure(shared)}")
+    summand = jax.eval_shape(aggregator.lift, key, aggregate, jnp.float32(0), message)
+    cohort = tasks.id.shape[0]
+    lead = (cohort,) if aggregator.stacked else ()
+    total = jax.tree.map(lambda leaf: jnp.zeros(lead + leaf.shape, leaf.dtype), summand)
+    columns = {name: jnp.zeros(cohort, jnp.float32) for name in (*reports, "participated", "nonfinite", "steps")}
+    return _Done(total, jax.tree.map(jnp.zeros_like, tasks.kept), columns, jnp.float32(0))

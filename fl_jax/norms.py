@@ -1,0 +1,38 @@
+"""What becomes of BatchNorm between sites: an explicit value with a name, since codes that leave it open measure different things.
+
+A policy is decided by the class of the module, never by its name: searching names for "bn" misses a ResNet's down-sampling norms.
+"""
+
+from typing import NamedTuple
+
+from flax import linen, nnx
+
+from fl_jax.clients import nothing_local
+from fl_jax.types import IsLocal
+
+BATCH_NORMS = (linen.BatchNorm, nnx.BatchNorm)
+
+
+class NormPolicy(NamedTuple):
+    """name: stands in every result. is_local: which leaves stay at a site."""
+
+    name: str
+    is_local: IsLocal
+
+
+def _statistics(path: tuple[str, ...], module: type) -> bool:
+    return path[0] == "stats" and issubclass(module, BATCH_NORMS)
+
+
+def _layers(path: tuple[str, ...], module: type) -> bool:
+    del path
+    return issubclass(module, BATCH_NORMS)
+
+
+AVERAGED = NormPolicy("BatchNorm averaged", nothing_local)
+"""Scale, bias and running statistics are all averaged."""
+LOCAL_STATISTICS = NormPolicy("BatchNorm statistics local", _statistics)
+"""Running statistics stay at the site, scale and bias are shared: SiloBN (Andreux et al. 2020), and what a code does unknowingly that
+exchanges only trained parameters."""
+LOCAL = NormPolicy("BatchNorm local", _layers)
+"""The whole layer stays at the site: FedBN (Li et al. 2021)."""

@@ -1,0 +1,96 @@
+"""Who takes part in a round. Each sampler owns the amplification that it earns; wrappers make drop-outs and stragglers of its cohort."""
+
+from collections.abc import Callable
+
+import dp_accounting
+import jax
+import jax.numpy as jnp
+
+from fl_jax.errors import FlJaxError
+from fl_jax.types import Array, Batches, Cohort, Key, Sampling, Sites, no_amplification
+
+Weights = Callable[[Sites], Array]
+ALL_STEPS = jnp.iinfo(jnp.int32).max
+
+
+def by_records(sites: Sites) -> Array:
+    """float32[N]: a site weighs as many as it has records (McMahan et al. 2017). Records of a site are not private information then."""
+    return sites.size.astype(jnp.float32)
+
+
+def equal(sites: Sites) -> Array:
+    """float32[N]: every site weighs 1. What private aggregators need."""
+    return jnp.ones(sites.size.shape, jnp.float32)
+
+
+def everyone(weights: Weights = by_records) -> Sampling:
+    """Every site takes part in every round: the cross-silo setting. There is no amplification by sampling."""
+
+    def draw(key: Key, sites: Sites) -> Cohort:
+        del key
+        return _cohort(jnp.arange(sites.size.shape[0], dtype=jnp.int32), sites, weights)
+
+    return Sampling(draw, no_amplification)
+
+
+def fixed_size(cohort_size: int, num_clients: int, weights: Weights = by_records) -> Sampling:
+    """A uniformly random cohort of exactly `cohort_size` distinct clients (McMahan et al. 2017, Algorithm 1).
+
+    Amplification: sampling without replacement, accounted under the replace-one relation, where the sensitivity of a clipped sum is
+    twice the clip.
+    """
+    if not 1 <= cohort_size <= num_clients:
+        raise FlJaxError(f"a cohort of {cohort_size} cannot be drawn from {num_clients} clients: choose 1 to {num_clients}.")
+
+    def draw(key: Key, sites: Sites) -> Cohort:
+        if sites.size.shape[0] != num_clients:
+            raise FlJaxError(f"the sampler was made for {num_clients} clients, and the data has {sites.size.shape[0]} sites.")
+        ids = jax.random.permutation(key, num_clients)[:cohort_size].astype(jnp.int32)
+        return _cohort(ids, sites, weights)
+
+    def amplify(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
+        return dp_accounting.SampledWithoutReplacementDpEvent(num_clients, cohort_size, event)
+
+    return Sampling(draw, amplify)
+
+
+def with_dropouts(sampling: Sampling, rate: float | Array) -> Sampling:
+    """Each client of a cohort drops out with probability `rate`: it neither trains nor sends. May be everybody.
+
+    Earns no further amplification: nobody can promise that drop-outs are random.
+    """
+
+    def draw(key: Key, sites: Sites) -> Cohort:
+        first, second = jax.random.split(key)
+        cohort = sampling.draw(first, sites)
+        stays = jax.random.uniform(second, cohort.ids.shape) >= rate
+        return cohort._replace(weight=jnp.where(stays, cohort.weight, 0))
+
+    return Sampling(draw, sampling.amplify)
+
+
+def with_stragglers(sampling: Sampling, rate: float, batches: Batches, num_epochs: int, *, dropped: bool = False) -> Sampling:
+    """A share of each cohort does only a part of its work, as in FedProx's experiments (Li et al. 2020, section 5.2).
+
+    rate: round(rate * cohort) clients straggle, drawn uniformly. Each does 1 to num_epochs - 1 of its num_epochs epochs, uniformly.
+    batches: the client's, for the steps of an epoch. dropped: the stragglers are left out instead, which is FedAvg's way there.
+    """
+    if num_epochs < 2:
+        raise FlJaxError("a straggler does at least one epoch and not all: num_epochs must be 2 or more.")
+
+    def draw(key: Key, sites: Sites) -> Cohort:
+        first, second, third = jax.random.split(key, 3)
+        cohort = sampling.draw(first, sites)
+        count = cohort.ids.shape[0]
+        slow = jax.random.permutation(second, count) < round(rate * count)
+        if dropped:
+            return cohort._replace(weight=jnp.where(slow, 0, cohort.weight))
+        full = batches.steps(jnp.take(sites.size, cohort.ids, mode="clip"))
+        done = jax.random.randint(third, (count,), 1, num_epochs)
+        return cohort._replace(steps=jnp.where(slow, jnp.maximum(full * done // num_epochs, 1), cohort.steps))
+
+    return Sampling(draw, sampling.amplify)
+
+
+def _cohort(ids: Array, sites: Sites, weights: Weights) -> Cohort:
+    return Cohort(ids, jnp.take(weights(sites), ids, mode="clip"), jnp.full(ids.shape, ALL_STEPS, jnp.int32))

@@ -1,0 +1,68 @@
+"""What optax lacks for federated learning: the proximal term, the server optimizers of FedOpt, and care for statistics."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fl_jax.types import Array, PyTree, Variables
+
+
+def proximal(mu: float | Array) -> optax.GradientTransformationExtraArgs:
+    """Adds mu (w - w_round) to the gradient: the gradient of FedProx's term mu/2 |w - w_round|^2 (Li et al. 2020, eq. 2).
+
+    `update` takes the round's broadcast parameters as the extra argument `anchor`, which every client of fl_jax passes; so no lane
+    keeps a copy of them. A leaf whose anchor is None (it stays at the site) is left alone. mu may be a tracer.
+    """
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None, *, anchor: PyTree, **_: PyTree):
+        pulled = jax.tree.map(lambda g, w, a: g if a is None else g + mu * (w - a), updates, params, anchor)
+        return pulled, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+class MomentsState(NamedTuple):
+    """First and second moment of the pseudo-gradient, each like the parameters."""
+
+    first: PyTree
+    second: PyTree
+
+
+def scale_by_server_moments(
+    second_moment: Callable[[Array, Array], Array], b1: float | Array, tau: float | Array
+) -> optax.GradientTransformation:
+    """m / (sqrt(v) + tau) with m <- b1 m + (1 - b1) g and v <- second_moment(v, g): Algorithm 2 of Reddi et al. 2021.
+
+    Unlike optax.scale_by_adam there is no bias correction, and v starts at tau^2, both as published. b1 and tau may be tracers.
+    """
+
+    def init(params: PyTree) -> MomentsState:
+        return MomentsState(optax.tree.zeros_like(params), jax.tree.map(lambda leaf: jnp.full_like(leaf, tau) ** 2, params))
+
+    def update(updates: PyTree, state: MomentsState, params: PyTree = None):
+        del params
+        first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.first, updates)
+        second = jax.tree.map(second_moment, state.second, updates)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + tau), first, second), MomentsState(first, second)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaging_statistics(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer` for the parameters of every Variables in a tree, plain averaging for its statistics.
+
+    A server that optimized BatchNorm's running variance (Adam's sign-like step) would drive it below zero with an innocent loss.
+    """
+
+    def labels(tree: PyTree) -> PyTree:
+        def label(node: PyTree) -> PyTree:
+            if isinstance(node, Variables):
+                return Variables(jax.tree.map(lambda _: "optimized", node.params), jax.tree.map(lambda _: "averaged", node.stats))
+            return "optimized"
+
+        return jax.tree.map(label, tree, is_leaf=lambda node: isinstance(node, Variables))
+
+    return optax.partition({"optimized": optimizer, "averaged": optax.sgd(1.0)}, labels)

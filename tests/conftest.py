@@ -1,0 +1,62 @@
+"""The machine that the tests run on, and the small federation that they share."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # compile fast; tests time nothing
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from fl_jax import models
+from fl_jax.types import Model, Sites
+
+SIZES = np.array([7, 1, 12, 4, 10, 6])  # a batch of 4 is larger, equal, or no divisor; no batch of one among 0, 2, 4 and 5
+FEATURES, CLASSES = 4, 3
+
+
+class NormedNet(nn.Module):
+    """The smallest network with a BatchNorm layer between two dense ones."""
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        x = nn.Dense(6)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        return nn.Dense(CLASSES)(nn.relu(x))
+
+
+class PlainNet(nn.Module):
+    """Multinomial logistic regression."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(CLASSES)(x)
+
+
+def sites_of(sizes: np.ndarray, seed: int = 0) -> Sites:
+    """Sites of these sizes with standard normal features and labels that depend on them."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(sizes.sum(), FEATURES)).astype(np.float32)
+    y = np.argmax(x @ rng.normal(size=(FEATURES, CLASSES)) + rng.normal(size=(len(x), CLASSES)), axis=1).astype(np.int32)
+    offset = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    return Sites(jnp.asarray(x), jnp.asarray(y), jnp.asarray(offset, jnp.int32), jnp.asarray(sizes, jnp.int32))
+
+
+@pytest.fixture(scope="session")
+def sites() -> Sites:
+    return sites_of(SIZES)
+
+
+@pytest.fixture(scope="session")
+def plain_model() -> Model:
+    return models.bridge(PlainNet(), jnp.zeros((1, FEATURES)), models.softmax_cross_entropy)
+
+
+@pytest.fixture(scope="session")
+def normed_model() -> Model:
+    return models.bridge(NormedNet(), jnp.zeros((1, FEATURES)), models.softmax_cross_entropy)
