@@ -150,11 +150,22 @@ def evaluate_unseen(
     of them for personalised and local-only ones. chunk as for `evaluate`. Zero unseen sites give empty arrays.
     """
 
-    def of_donor(donor: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-        predictions = _predictions(model, predict_all(model_of_site(donor), model.predict, unseen, chunk), unseen)
+    return score_unseen(model, predict_unseen(model_of_site, model.predict, unseen, donors, chunk), unseen, metrics)
+
+
+def predict_unseen(model_of_site: ModelOfSite, predict: Predict, unseen: Sites, donors: Array, chunk: int) -> Array:
+    """The unseen sites' records predicted with the model of each donor in turn: outputs [d, R, K]."""
+    return jax.lax.map(lambda donor: predict_all(model_of_site(donor), predict, unseen, chunk), donors)
+
+
+def score_unseen(model: Model, outputs: Array, unseen: Sites, metrics: Mapping[str, Metric] = CLASSIFICATION) -> UnseenMetrics:
+    """The metrics of unseen sites from outputs [d, R, K] that are already there."""
+
+    def of_donor(outputs: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+        predictions = _predictions(model, outputs, unseen)
         return measure(metrics, predictions), counts(predictions)
 
-    values, counted = jax.lax.map(of_donor, donors)
+    values, counted = jax.lax.map(of_donor, outputs)
     defined = {name: ~jnp.isnan(value) for name, value in values.items()}
     spread = {name: _mean_and_std(values[name], defined[name]) for name in metrics}
     return UnseenMetrics(

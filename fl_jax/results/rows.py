@@ -1,0 +1,56 @@
+"""Device metrics as rows of metrics.csv: what a round reports, and what an evaluation finds at each site."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fl_jax.evaluation import SiteMetrics, UnseenMetrics
+from fl_jax.metrics import why_undefined
+from fl_jax.results.run_folder import MetricRow
+from fl_jax.types import RoundMetrics
+
+
+def evaluation_rows(
+    arm: str, seeds: Sequence[int], round: int, split: str, names: Sequence[str], metrics: SiteMetrics | UnseenMetrics
+) -> Iterator[MetricRow]:
+    """One row per seed, site and metric, then pooled ("all"), mean, worst and spread ("std") over sites; the reason where one is missing.
+
+    metrics: of all seeds, every leaf with a leading axis of them. names: of the N sites.
+    """
+    counts = {name: np.asarray(value) for name, value in metrics.counts.items()}
+    for s, seed in enumerate(seeds):
+        for name, values in metrics.site.items():
+            for i, (site, value) in enumerate(zip(names, np.asarray(values)[s].tolist(), strict=True)):
+                reason = why_undefined(value, {key: int(count[s, i]) for key, count in counts.items()})
+                yield MetricRow(arm, seed, round, split, site, name, value, reason)
+        if isinstance(metrics, SiteMetrics):
+            overall: Mapping[str, Mapping[str, Any]] = {
+                "all": metrics.pooled, "mean": metrics.mean, "worst": metrics.worst, "std": metrics.std}
+            for site, measured in overall.items():
+                for name, value in measured.items():
+                    number = float(value[s])
+                    yield MetricRow(arm, seed, round, split, site, name, number, "undefined at every site" if np.isnan(number) else "")
+
+
+def round_rows(
+    arm: str, seeds: Sequence[int], first_round: int, metrics: RoundMetrics, payload: tuple[int, int]
+) -> Iterator[MetricRow]:
+    """One row per seed, round and metric of split "round": the mean training loss, the server's metrics, bytes down and up.
+
+    metrics: every leaf [S, T, ...], of rounds first_round, first_round + 1, ... payload: bytes (down, up) of one client.
+    """
+    participated = np.asarray(metrics.clients["participated"])
+    weight = participated * np.asarray(metrics.clients.get("records", participated))
+    server = {name: np.asarray(value) for name, value in metrics.server.items()}
+    total = weight.sum(-1)
+    if "loss" in metrics.clients:
+        losses = np.where(participated > 0, np.asarray(metrics.clients["loss"]), 0)
+        server["loss"] = np.where(total > 0, (losses * weight).sum(-1) / np.maximum(total, 1), np.nan)
+    server["bytes_down"], server["bytes_up"] = (server["participants"] * size for size in payload)
+    for s, seed in enumerate(seeds):
+        for t in range(total.shape[1]):
+            for name, values in server.items():
+                value = float(values[s, t])
+                reason = "nobody took part" if np.isnan(value) and total[s, t] == 0 else ""
+                yield MetricRow(arm, seed, first_round + t, "round", "all", name, value, reason)
