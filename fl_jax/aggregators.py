@@ -56,7 +56,8 @@ def private_mean(clip: float | Array, noise_multiplier: float, expected_cohort: 
     noise on the sum, in clips. expected_cohort: how many clients take part in expectation; the sum is divided by it whoever came.
 
     Guarantee: one round is a Gaussian mechanism of this multiplier for adding or removing one client (the sum moves by at most
-    `clip`), before any amplification by sampling. Assumes that whoever sees the sum trusts the server to add the noise, that the
+    `clip`), and of half of it for replacing one (`2 clip`), before any amplification by sampling; `event` states noise over `clip`, and
+    fl_jax.privacy converts for the relation in force. Assumes that whoever sees the sum trusts the server to add the noise, that the
     cohort's weights are used only as present or absent, and does not cover metrics: "clipped" (share of the messages that were cut)
     and all that clients report are exact. Statistics of BatchNorm are refused: noise turns a variance negative.
     """

@@ -37,7 +37,7 @@ def fixed_size(cohort_size: int, num_clients: int, weights: Weights = by_records
     """A uniformly random cohort of exactly `cohort_size` distinct clients (McMahan et al. 2017, Algorithm 1).
 
     Amplification: sampling without replacement, accounted under the replace-one relation, where the sensitivity of a clipped sum is
-    twice the clip.
+    twice the clip: fl_jax.privacy, which knows the relation, restates the noise.
     """
     if not 1 <= cohort_size <= num_clients:
         raise FlJaxError(f"a cohort of {cohort_size} cannot be drawn from {num_clients} clients: choose 1 to {num_clients}.")

@@ -154,7 +154,8 @@ class Aggregator(NamedTuple):
     init:    (shared, num_clients) -> state
     lift:    (key, state, weight, message) -> summand of one client; clipping lives here
     combine: (key, state, total) -> (pseudo-gradient like shared, state, metrics); noise and division live here
-    event:   the client-level DpEvent of one round, before sampling
+    event:   the client-level DpEvent of one round, before sampling; its noise is in clips (the bound on one summand), whatever the
+             neighbouring relation, which is the ledger's (fl_jax.privacy)
     stacked: False: `total` is the sum of the summands, streamed (memory: one summand a lane). True: `total` is every summand,
              stacked on a leading axis of the cohort's length (zeros where nobody took part), for medians and the like.
     acts_when_empty: whether the server steps in a round without participants. A private aggregator must (that nobody came is

@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from fl_jax import aggregators, algorithms, batches, privacy, sampling
 from fl_jax.errors import FlJaxError
-from fl_jax.privacy import Accountant, Cost, NeighboringRelation, PrivacyLedger, Unit
+from fl_jax.privacy import Accountant, Cost, NeighboringRelation, PrivacyLedger, Unit, accounting
 from fl_jax.types import FederatedAlgorithm
 
 ADD, REPLACE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE
@@ -165,8 +165,8 @@ def test_little_noise_gives_a_large_number_and_not_an_endless_computation():
     assert by_pld == pytest.approx(3542.4, rel=1e-3) and by_pld < by_rdp < 1.5 * by_pld
 
 
-@pytest.mark.parametrize("rate", [1e-9, 1e-4, 0.3, 1.0])
-@pytest.mark.parametrize("noise", [0.02, 0.5, 30.0, 1e6])
+@pytest.mark.parametrize("rate", [1e-9, 0.3, 1.0])
+@pytest.mark.parametrize("noise", [0.02, 2.0, 1e6])
 def test_no_corner_of_the_numerics_is_too_small(rate, noise):
     """Between the best guess of an observer who sees one output and no sampling at all."""
     ledger = ledger_of(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise)))
@@ -178,6 +178,13 @@ def test_no_corner_of_the_numerics_is_too_small(rate, noise):
         into = rate * norm.sf((t - 1) / noise) + (1 - rate) * norm.sf(t / noise)
         assert np.all(into <= np.exp(np.minimum(epsilon + norm.logsf(t / noise), 1)) + DELTA + 1e-12)
         assert epsilon <= 1.2 * unsampled + 1e-3
+
+
+def test_a_divergence_that_rounds_below_zero_is_left_out():
+    event = dp.PoissonSampledDpEvent(1e-12, dp.GaussianDpEvent(1e4))
+    assert np.any(dp.rdp.RdpAccountant().compose(event).rdp < 0)
+    assert np.all(accounting._rdp_of_one(event, ADD) >= 0)
+    assert ledger_of(event, 1000).epsilon(DELTA) < 0.1
 
 
 def test_a_round_costs_little_time():

@@ -98,7 +98,7 @@ def _rdp_of_one(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> 
             values = accountant.compose(over_sensitivity(event, relation)).rdp
     except _UNKNOWN:
         return np.full(len(accountant.orders), np.inf)
-    # where its numerics fail, a divergence is negative or NaN, which dp_accounting would take for an epsilon of 0
+    # a divergence that is negative by rounding, or NaN, would count as an epsilon of 0 after any number of rounds
     return np.where(values >= 0, values, np.inf)
 
 
