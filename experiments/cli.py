@@ -1,0 +1,114 @@
+"""The command line that every experiment shares: `python -m experiments.NAME [--config FILE.json] [--quick] [--out DIR] [--field VALUE]`.
+
+A value comes from the command line, else from the configuration file, else from the defaults: those of the full study, or with --quick
+those of its quick form. The configuration that a run records (config.json of its folder) is such a file.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from experiments.config import UNRECORDED, Common, ConfigT, load_json, override, recorded
+from fl_jax.errors import FlJaxError
+
+__all__ = ["UNRECORDED", "Common", "main", "new_folder", "parse", "recorded"]
+
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+RUNS = Path("runs")
+
+
+def main(run: Callable[[ConfigT], None], config_type: type[ConfigT], argv: Sequence[str] | None = None) -> None:
+    """Runs an experiment with the configuration of its command line; for `if __name__ == "__main__"`.
+
+    argv: the arguments, default: the process's. Splits the CPU into devices and turns the compilation cache on, before `run` can touch
+    a device. Exits the process with 2 after one line on stderr for a FlJaxError (or tyro's own words for arguments that it cannot parse),
+    130 after Ctrl-C, and 141 without a word where nobody reads the output any more.
+    """
+    name = _name(run)
+    try:
+        config = parse(config_type, sys.argv[1:] if argv is None else argv, f"python -m experiments.{name}")
+        _prepare(config.devices, name)
+        run(config)
+        sys.stdout.flush()
+    except FlJaxError as error:
+        _leave(f"{name}: {error}", USER_ERROR)
+    except KeyboardInterrupt as interrupt:
+        _leave(f"{name}: {str(interrupt) or 'interrupted.'}", INTERRUPTED)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # or the interpreter complains when it flushes
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
+
+
+def parse(config_type: type[ConfigT], argv: Sequence[str], program: str | None = None) -> ConfigT:
+    """The configuration that a command line asks for.
+
+    program: how it is called, for the help. Raises FlJaxError for a configuration file that does not fit; tyro ends the process with 0
+    after --help and with 2 after arguments that it cannot parse.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path, nargs="?")
+    first.add_argument("--quick", action=argparse.BooleanOptionalAction)
+    known, _ = first.parse_known_args(argv)
+    content = {} if known.config is None else load_json(known.config)
+    if known.quick and content.get("quick") is False:
+        raise FlJaxError(f"{known.config} is the configuration of a full study, whose values --quick would not change: leave one of them out.")
+    quick = content.get("quick") is True if known.quick is None else known.quick
+    defaults = config_type.quick_defaults() if quick else config_type()
+    defaults = override(dataclasses.replace(defaults, quick=quick), content, known.config)
+    config = _command_line(config_type, defaults, argv, program)
+    if config.resume and config.out is None:
+        raise FlJaxError("--resume goes on with a run that there is: give its folder with --out DIR.")
+    return config
+
+
+def new_folder(name: str) -> Path:
+    """runs/NAME/DATE_TIME, a path at which there is nothing yet, for a run without --out."""
+    stamp = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
+    folder, again = RUNS / name / stamp, 1
+    while folder.exists():
+        again += 1
+        folder = RUNS / name / f"{stamp}_{again}"
+    return folder
+
+
+def _command_line(config_type: type[ConfigT], defaults: ConfigT, argv: Sequence[str], program: str | None) -> ConfigT:
+    """What tyro makes of the arguments: the fields of the configuration, and --config beside them."""
+    file = Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help="a configuration to start from, e.g. config.json of a run folder")]
+    fields = [("config", file, None), ("experiment", Annotated[config_type, tyro.conf.arg(name="")], defaults)]
+    line: Any = tyro.cli(
+        dataclasses.make_dataclass("CommandLine", fields, frozen=True), args=list(argv), prog=program,
+        description=inspect.getdoc(config_type))
+    return line.experiment
+
+
+def _prepare(devices: int | None, name: str) -> None:
+    from fl_jax import runtime  # jax, which --help does without
+
+    runtime.compilation_cache()
+    count = runtime.virtual_devices(devices)
+    if devices not in (None, count):
+        print(f"{name}: --devices {devices} has no effect here: there are {count}.", file=sys.stderr)
+
+
+def _name(run: Callable[..., None]) -> str:
+    """The NAME of `python -m experiments.NAME`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name if run.__module__ == "__main__" and spec is not None else run.__module__
+    return module.rpartition(".")[2]
+
+
+def _leave(sentence: str, status: int) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    print(sentence, file=sys.stderr)
+    sys.exit(status)
