@@ -2,7 +2,7 @@
 
 from dp_accounting import NeighboringRelation
 
-from fl_jax.privacy.accounting import CONVERSION, Accountant, epsilon, natural_relation, sensitivity
+from fl_jax.privacy.accounting import CONVERSION, Accountant, natural_relation, sensitivity
 from fl_jax.privacy.events import describe
 from fl_jax.privacy.ledger import Cost, Entry, PrivacyLedger, Unit, client_cost, open_ledger
 
@@ -16,7 +16,6 @@ __all__ = [
     "Unit",
     "client_cost",
     "describe",
-    "epsilon",
     "natural_relation",
     "open_ledger",
     "sensitivity",

@@ -16,10 +16,9 @@ import numpy as np
 from dp_accounting import NeighboringRelation, pld, rdp
 
 from fl_jax.errors import FlJaxError
-from fl_jax.privacy.events import checked
 
 Spent = Sequence[tuple[dp_accounting.DpEvent, int]]
-"""Events of one round, and in how many rounds they occurred."""
+"""Events of one round, each as events.checked returns it, and in how many rounds they occurred."""
 
 _UNKNOWN = (dp_accounting.UnsupportedEventError, ArithmeticError, ValueError)
 _TINY = 1e-6  # a Gaussian with less noise than this, in sensitivities, promises nothing
@@ -54,7 +53,7 @@ def epsilon(spent: Spent, relation: NeighboringRelation, delta: float, accountan
     if not 0 < delta < 1:
         raise FlJaxError(f"delta must lie between 0 and 1, and is {delta}: choose it well below 1 / (number of units).")
     by = _epsilon_by_rdp if Accountant(accountant) is Accountant.RDP else _epsilon_by_pld
-    return by([(checked(event), count) for event, count in spent if count > 0], relation, delta)
+    return by([(event, count) for event, count in spent if count > 0], relation, delta)
 
 
 def natural_relation(event: dp_accounting.DpEvent) -> NeighboringRelation:
