@@ -188,7 +188,7 @@ def _fit_arm(
             length = min(study.evaluate_every, study.rounds - done)
             state, block = arm.blocks[length](runs, study.splits, state)
             measured = measure(study.splits, block.outputs)
-            block, measured = jax.device_get((block._replace(outputs=()), measured))
+            block, measured = jax.device_get((block, measured))
             _refuse_all_nonfinite(arm.name, seeds, done, block, study.site_names)
             new = list(_block_rows(study, arm, seeds, done + length, block, measured))
             done += length

@@ -22,7 +22,7 @@ _DASHES: tuple[object, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5,
 _MARKERS = ("o", "s", "^", "D", "v", ">", "X")
 _GREY, _FAINT = "#555555", "#DDDDDD"
 _FONT, _SMALL = 9.0, 7.5  # points
-_AGGREGATES = ("all", "mean", "worst")
+_AGGREGATES = ("all", "mean", "worst", "std")
 
 
 def curves(

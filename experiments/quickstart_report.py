@@ -1,0 +1,238 @@
+"""What the quickstart says: what is real, the tables, a plain reading of them, privacy, and where the files are."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.padding import Padding
+from rich.rule import Rule
+
+from fl_jax.data import FederatedDataset, describe, label_distribution
+from fl_jax.privacy import CONVERSION, Accountant, PrivacyLedger
+from fl_jax.results import (
+    Column,
+    Missing,
+    RunFolder,
+    Table,
+    comparison_table,
+    curves,
+    last_round,
+    number,
+    per_site,
+    with_margin,
+)
+from fl_jax.statistics import Interval, mean_interval, paired_difference
+from fl_jax.training import Fit
+
+RANGE = (0.0, 1.0)
+ACCOUNTANT = Accountant.PLD
+MOST_SITES = 8  # columns of the table by site; metrics.csv has all
+NAMES = {"auroc": "AUROC", "accuracy": "accuracy"}
+
+
+class Results:
+    """The last round's metrics of all arms, as vectors over seeds."""
+
+    def __init__(self, metrics: pd.DataFrame) -> None:
+        self.metrics = metrics
+        self.last = last_round(metrics)
+
+    def values(self, arm: str, split: str, site: str, metric: str) -> np.ndarray:
+        """float64[S], in the order of the seeds; NaN where undefined."""
+        rows = self.last
+        rows = rows[(rows["arm"] == arm) & (rows["split"] == split) & (rows["site"] == site) & (rows["metric"] == metric)]
+        return rows.sort_values("seed")["value"].to_numpy()
+
+    def interval(self, arm: str, split: str, site: str, metric: str) -> Interval | Missing:
+        """The mean over seeds with its interval; the reason where no seed has the metric."""
+        values = self.values(arm, split, site, metric)
+        if not np.isfinite(values).any():
+            rows = self.last[(self.last["site"] == site) & (self.last["split"] == split) & (self.last["metric"] == metric)]
+            notes = [note for note in rows["note"].unique() if note]
+            return Missing(f"{site}: {notes[0] if notes else 'not measured'}")
+        return mean_interval(values)
+
+    def difference(self, arm: str, other: str, split: str, site: str, metric: str) -> Interval:
+        """The mean difference arm - other, paired by seed."""
+        return paired_difference(self.values(arm, split, site, metric), self.values(other, split, site, metric))
+
+
+def introduce(dataset: FederatedDataset, config: Any) -> None:
+    """Says what is about to run and on what, before anything computes."""
+    console = Console()
+    console.print(Rule("fl_jax quickstart: what do these sites gain by training together?", align="left"))
+    console.print(f"\n{config.seeds} seeds, {config.rounds} rounds; each seed draws split and initialisation anew"
+                  f"{', and the hospitals too' if config.csv is None else ''}. Seed 0:\n")
+    console.print(describe(dataset) + "\n", highlight=False, soft_wrap=True)
+
+
+def conclude(
+    folder: RunFolder, dataset: FederatedDataset, fits: Mapping[str, Fit], ledgers: Mapping[str, PrivacyLedger], config: Any, seconds: float
+) -> None:
+    """Prints the tables and their reading, and writes summary and figures."""
+    console = Console()
+    results = Results(pd.concat([fit.rows for fit in fits.values()], ignore_index=True))
+    arms = list(fits)
+    epsilons = {arm: ledger.epsilon(config.delta, ACCOUNTANT) for arm, ledger in ledgers.items()}
+    for metric in NAMES:
+        console.print(overview(results, dataset, arms, metric), "")
+    for metric in NAMES:
+        console.print(by_site(results, dataset, arms, metric), "")
+    console.print(costs(fits, epsilons, config), "")
+    console.print(f"Test records, after round {config.rounds}; mean ± half of the 95 % interval over {config.seeds} seeds (Student t). "
+                  "Δ: difference paired by seed, * where the interval leaves out 0. The unseen site has the mean over the models that the "
+                  "sites deploy.\n", style="dim")
+    console.print(Rule("Reading", align="left"))
+    for sentence in (*reading(results, dataset, arms), *privacy_reading(results, ledgers, epsilons, config)):
+        console.print(Padding(f"• {sentence}", (0, 0, 0, 1)), highlight=False)
+    troubles = trouble(results, arms)
+    for sentence in troubles:
+        console.print(Padding(f"! {sentence}", (0, 0, 0, 1)), style="bold", highlight=False)
+
+    shown = [arm for arm in arms if arm not in ledgers]
+    places = [*(("test", site) for site in ("mean", "worst", "all", *dataset.site_names)), *(("unseen", site) for site in dataset.unseen_names)]
+    folder.save_figure("auroc_over_rounds", curves(results.metrics, "auroc", "test", arms=shown, bounds=RANGE))
+    folder.save_figure("accuracy_over_rounds", curves(results.metrics, "accuracy", "test", arms=shown, bounds=RANGE))
+    folder.save_figure("auroc_per_site", per_site(results.metrics, "auroc", arms=shown, bounds=RANGE))
+    folder.save_figure("accuracy_per_site", per_site(results.metrics, "accuracy", arms=shown, bounds=RANGE))
+    folder.save_figure("labels_per_site", label_distribution(dataset))
+    folder.write_summary({
+        "arms": {arm: {metric: {site: results.interval(arm, split, site, metric) for split, site in places} for metric in NAMES}
+                 for arm in arms},
+        "epsilon": {arm: {"epsilon": epsilon, "delta": config.delta, "unit": "client", "accountant": CONVERSION[ACCOUNTANT]} for arm, epsilon in epsilons.items()},
+        "bytes_per_round": {arm: dict(zip(("down", "up"), fit.payload, strict=True)) for arm, fit in fits.items()},
+        "notes": list(dataset.notes), "troubles": troubles, "seconds": seconds,
+    })
+    training = sum(fit.seconds for fit in fits.values())
+    console.print(f"\n{seconds:.0f} s in all, {training:.0f} s of them training {len(fits)} arms x {config.seeds} seeds x {config.rounds} "
+                  f"rounds. Everything is in [bold]{folder.path}[/]: metrics.csv, summary.json, figures.", highlight=False)
+
+
+def overview(results: Results, dataset: FederatedDataset, arms: list[str], metric: str) -> Table:
+    """One row per arm: mean over sites, worst site, unseen sites, differences."""
+    rows = []
+    for arm in arms:
+        row: dict[str, Any] = {"arm": arm}
+        row["mean"] = results.interval(arm, "test", "mean", metric)
+        row["worst"] = results.interval(arm, "test", "worst", metric)
+        for site in dataset.unseen_names:
+            row[site] = results.interval(arm, "unseen", site, metric)
+        for other in ("local only", "centralized"):
+            row[other] = None if arm == other else results.difference(arm, other, "test", "mean", metric)
+        rows.append(row)
+    columns = [
+        Column("arm", "", right=False), Column("mean", "all sites", _margin), Column("worst", "worst", _margin),
+        *(Column(site, "unseen" if len(dataset.unseen_names) == 1 else f"{site} (unseen)", _margin) for site in dataset.unseen_names[:2]),
+        Column("local only", "Δ local", _difference), Column("centralized", "Δ central", _difference),
+    ]
+    return comparison_table(rows, columns, NAMES[metric])
+
+
+def by_site(results: Results, dataset: FederatedDataset, arms: list[str], metric: str) -> Table:
+    """One row per arm, one column per site."""
+    rows = [{"arm": arm} | {site: results.interval(arm, "test", site, metric) for site in dataset.site_names} for arm in arms]
+    columns = [Column("arm", "", right=False), *(Column(site, site, _margin) for site in dataset.site_names[:MOST_SITES])]
+    return comparison_table(rows, columns, f"{NAMES[metric]} at each site")
+
+
+def costs(fits: Mapping[str, Fit], epsilons: Mapping[str, float], config: Any) -> Table:
+    """One row per arm: what one site receives and sends in a round, and what it is promised."""
+    rows: list[dict[str, Any]] = []
+    for arm, fit in fits.items():
+        down, up = (Missing("the records themselves travel") if arm == "centralized" else size / 1000 for size in fit.payload)
+        rows.append({"arm": arm, "down": down, "up": up, "epsilon": epsilons.get(arm, Missing("nothing is promised"))})
+    columns = [Column("arm", "", right=False), Column("down", "kB down", number(1)), Column("up", "kB up", number(1)),
+               Column("epsilon", f"ε of a site (δ {config.delta:g})", _epsilon)]
+    return comparison_table(rows, columns, f"Costs of a site: traffic in a round, privacy after {config.rounds} rounds")
+
+
+def reading(results: Results, dataset: FederatedDataset, arms: list[str]) -> list[str]:
+    """Sentences that follow from the numbers, whatever these are."""
+    sentences = []
+    for arm in ("FedAvg", "FedBN"):
+        parts = []
+        for metric, name in NAMES.items():
+            delta = results.difference(arm, "local only", "test", "mean", metric)
+            parts.append(f"{_signed(delta)} {name}")
+        sentences.append(f"{arm} against each site's own model, mean over sites: {' and '.join(parts)}.")
+    below = []
+    for site in dataset.site_names:
+        delta = results.difference("FedAvg", "local only", "test", site, "accuracy")
+        if delta.high < 0:
+            below.append(site)
+    where = ", ".join(below[:6])
+    sentences.append(
+        f"FedAvg classifies worse than the site's own model at {len(below)} of {len(dataset.site_names)} sites ({where})." if below else
+        "At no site does FedAvg classify measurably worse than the site's own model.")
+    candidates = [arm for arm in arms if arm not in ("centralized", "local only")]
+    best = max(candidates, key=lambda arm: _mean(results.interval(arm, "test", "worst", "accuracy")))
+    sentences.append(f"The best accuracy at the worst site: {best}, {_shown(results.interval(best, 'test', 'worst', 'accuracy'))}.")
+    for site in dataset.unseen_names:
+        shown = ", ".join(f"{arm} {_shown(results.interval(arm, 'unseen', site, 'auroc'))}" for arm in ("local only", "FedAvg", "FedBN"))
+        sentences.append(f"AUROC at {site}, which nobody trained on: {shown}.")
+    return sentences
+
+
+def privacy_reading(
+    results: Results, ledgers: Mapping[str, PrivacyLedger], epsilons: Mapping[str, float], config: Any
+) -> list[str]:
+    """What each private arm promises a site, and what its noise did."""
+    sentences = []
+    for arm in ledgers:
+        rows = results.metrics[(results.metrics["arm"] == arm) & (results.metrics["split"] == "round")]
+        means = rows.groupby("metric")["value"].mean()
+        sentences.append(
+            f"{arm}: epsilon {_epsilon(epsilons[arm])} at delta {config.delta:g} for a whole site, AUROC "
+            f"{_shown(results.interval(arm, 'test', 'mean', 'auroc'))}; the noise is {means['noise_norm'] / means['signal_norm']:.1f} times as "
+            f"long as the mean update, {100 * means['clipped']:.0f} % of the updates were clipped.")
+    sites = len(results.metrics[results.metrics["split"] == "test"]["site"].unique()) - 4
+    sentences.append(
+        f"{sites} sites cannot hide one of them and learn much: the noise that hides a site is spread over {sites} only, every site takes part "
+        f"in every round (no amplification), and {config.rounds} rounds add up. Epsilon is by {CONVERSION[ACCOUNTANT]}; it covers the models that are "
+        "sent, not these metrics, nor the choice of hyper-parameters. BatchNorm statistics stay at the sites in these arms, which alone changes accuracy.")
+    return sentences
+
+
+def trouble(results: Results, arms: list[str]) -> list[str]:
+    """What went wrong on the way and did not stop the study."""
+    sentences = []
+    rounds = results.metrics[results.metrics["split"] == "round"]
+    for arm in arms:
+        own = rounds[rounds["arm"] == arm]
+        nonfinite = own[(own["metric"] == "nonfinite")]["value"].sum()
+        empty = (own[own["metric"] == "participants"]["value"] == 0).sum()
+        if nonfinite:
+            sentences.append(f"{arm}: {nonfinite:.0f} updates were not finite and were left out.")
+        if empty:
+            sentences.append(f"{arm}: in {empty} rounds nobody took part.")
+    return sentences
+
+
+def _mean(value: Interval | Missing) -> float:
+    return value.mean if isinstance(value, Interval) else -math.inf
+
+
+def _shown(value: Interval | Missing) -> str:
+    return with_margin()(value) if isinstance(value, Interval) else "undefined"
+
+
+def _margin(value: Interval) -> str:
+    return with_margin()(value).replace(" ", "")
+
+
+def _signed(delta: Interval) -> str:
+    sign = "+" if delta.mean > 0 else "-"
+    margin = "" if math.isnan(delta.low) else f"±{number()((delta.high - delta.low) / 2)}"
+    return f"{sign}{number()(abs(delta.mean))}{margin}"
+
+
+def _difference(delta: Interval) -> str:
+    clear = not math.isnan(delta.low) and (delta.low > 0 or delta.high < 0)
+    return _signed(delta) + ("*" if clear else " ")
+
+
+def _epsilon(epsilon: float) -> str:
+    return "infinite" if math.isinf(epsilon) else f"{epsilon:.3g}"
