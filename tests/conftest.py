@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # compile fast; tests time nothing
+# The tests spend their time compiling programs that run for milliseconds: neither LLVM's optimizations nor XLA's newer emitters pay.
+FAST_COMPILATION = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FAST_COMPILATION
 
 import jax
 
