@@ -71,6 +71,15 @@ class Config(cli.Common):
     unseen: tuple[str, ...] = ()
     """names of the CSV's sites that take no part in training"""
 
+    def __post_init__(self) -> None:
+        for name in ("seeds", "rounds", "evaluate_every", "epochs", "batch_size", "hidden"):
+            if getattr(self, name) < 1:
+                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        if self.csv is None and (self.site or self.label or self.group or self.unseen):
+            raise FlJaxError("--site, --label, --group and --unseen describe a table: give it with --csv FILE.")
+        if self.csv is not None and not (self.site and self.label):
+            raise FlJaxError("--csv needs --site COLUMN and --label COLUMN, the columns that name a record's site and its class.")
+
     @classmethod
     def quick_defaults(cls) -> "Config":
         """Three seeds and a few rounds."""
@@ -80,12 +89,8 @@ class Config(cli.Common):
 def datasets(config: Config) -> list[FederatedDataset]:
     """The federation of each seed: of the user's table, or the simulated hospitals."""
     if config.csv is None:
-        if config.site or config.label or config.group or config.unseen:
-            raise FlJaxError("--site, --label, --group and --unseen describe a table: give it with --csv FILE.")
         return [simulated_hospitals(seed) for seed in range(config.seeds)]
-    if config.site is None or config.label is None:
-        raise FlJaxError("--csv needs --site COLUMN and --label COLUMN, the columns that name a record's site and its class.")
-    table = read_table(config.csv, config.site, config.label, group=config.group)
+    table = read_table(config.csv, config.site or "", config.label or "", group=config.group)
     return [table.dataset(seed, test=0.4, unseen=config.unseen) for seed in range(config.seeds)]
 
 

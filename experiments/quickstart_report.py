@@ -1,14 +1,15 @@
 """What the quickstart says: what is real, the tables, a plain reading of them, privacy, and where the files are."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.padding import Padding
 from rich.rule import Rule
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from fl_jax.data import FederatedDataset, describe, label_distribution
 from fl_jax.privacy import CONVERSION, Accountant, PrivacyLedger
@@ -22,6 +23,7 @@ from fl_jax.results import (
     last_round,
     number,
     per_site,
+    signed,
     with_margin,
 )
 from fl_jax.statistics import Interval, mean_interval, paired_difference
@@ -29,7 +31,8 @@ from fl_jax.training import Fit
 
 RANGE = (0.0, 1.0)
 ACCOUNTANT = Accountant.PLD
-MOST_SITES = 8  # columns of the table by site; metrics.csv has all
+MOST_SITES = 8  # columns of the table by site, and sites named in a sentence; metrics.csv has all
+REFERENCES = ("local only", "centralized")
 NAMES = {"auroc": "AUROC", "accuracy": "accuracy"}
 
 
@@ -66,7 +69,7 @@ def introduce(dataset: FederatedDataset, config: Any) -> None:
     console.print(Rule("fl_jax quickstart: what do these sites gain by training together?", align="left"))
     console.print(f"\n{config.seeds} seeds, {config.rounds} rounds; each seed draws split and initialisation anew"
                   f"{', and the hospitals too' if config.csv is None else ''}. Seed 0:\n")
-    console.print(describe(dataset) + "\n", highlight=False, soft_wrap=True)
+    console.print(Text(describe(dataset) + "\n"), soft_wrap=True)
 
 
 def conclude(
@@ -86,11 +89,10 @@ def conclude(
                   "Δ: difference paired by seed, * where the interval leaves out 0. The unseen site has the mean over the models that the "
                   "sites deploy.\n", style="dim")
     console.print(Rule("Reading", align="left"))
-    for sentence in (*reading(results, dataset, arms), *privacy_reading(results, ledgers, epsilons, config)):
-        console.print(Padding(f"• {sentence}", (0, 0, 0, 1)), highlight=False)
-    troubles = trouble(results, arms)
-    for sentence in troubles:
-        console.print(Padding(f"! {sentence}", (0, 0, 0, 1)), style="bold", highlight=False)
+    console.print(_bullets("•", (*reading(results, dataset, arms), *privacy_reading(results, dataset, ledgers, epsilons, config))))
+    troubles = [*trouble(results, arms), *undefined(results, dataset)]
+    if troubles:
+        console.print("", Rule("Mind", align="left"), _bullets("!", troubles))
 
     shown = [arm for arm in arms if arm not in ledgers]
     places = [*(("test", site) for site in ("mean", "worst", "all", *dataset.site_names)), *(("unseen", site) for site in dataset.unseen_names)]
@@ -100,15 +102,19 @@ def conclude(
     folder.save_figure("accuracy_per_site", per_site(results.metrics, "accuracy", arms=shown, bounds=RANGE))
     folder.save_figure("labels_per_site", label_distribution(dataset))
     folder.write_summary({
-        "arms": {arm: {metric: {site: results.interval(arm, split, site, metric) for split, site in places} for metric in NAMES}
+        "arms": {arm: {metric: {site: results.interval(arm, split, site, metric)._asdict() for split, site in places} for metric in NAMES}
                  for arm in arms},
-        "epsilon": {arm: {"epsilon": epsilon, "delta": config.delta, "unit": "client", "accountant": CONVERSION[ACCOUNTANT]} for arm, epsilon in epsilons.items()},
+        "differences": {arm: {metric: {other: results.difference(arm, other, "test", "mean", metric)._asdict() for other in REFERENCES}
+                              for metric in NAMES} for arm in arms if arm not in REFERENCES},
+        "epsilon": {arm: {"epsilon": epsilon, "delta": config.delta, "unit": "client", "accountant": CONVERSION[ACCOUNTANT]}
+                    for arm, epsilon in epsilons.items()},
         "bytes_per_round": {arm: dict(zip(("down", "up"), fit.payload, strict=True)) for arm, fit in fits.items()},
         "notes": list(dataset.notes), "troubles": troubles, "seconds": seconds,
     })
     training = sum(fit.seconds for fit in fits.values())
     console.print(f"\n{seconds:.0f} s in all, {training:.0f} s of them training {len(fits)} arms x {config.seeds} seeds x {config.rounds} "
-                  f"rounds. Everything is in [bold]{folder.path}[/]: metrics.csv, summary.json, figures.", highlight=False)
+                  "rounds. metrics.csv, summary.json and figures are in", highlight=False)
+    console.print(Text(f"{folder.path}", style="bold"), soft_wrap=True)
 
 
 def overview(results: Results, dataset: FederatedDataset, arms: list[str], metric: str) -> Table:
@@ -120,7 +126,7 @@ def overview(results: Results, dataset: FederatedDataset, arms: list[str], metri
         row["worst"] = results.interval(arm, "test", "worst", metric)
         for site in dataset.unseen_names:
             row[site] = results.interval(arm, "unseen", site, metric)
-        for other in ("local only", "centralized"):
+        for other in REFERENCES:
             row[other] = None if arm == other else results.difference(arm, other, "test", "mean", metric)
         rows.append(row)
     columns = [
@@ -135,7 +141,8 @@ def by_site(results: Results, dataset: FederatedDataset, arms: list[str], metric
     """One row per arm, one column per site."""
     rows = [{"arm": arm} | {site: results.interval(arm, "test", site, metric) for site in dataset.site_names} for arm in arms]
     columns = [Column("arm", "", right=False), *(Column(site, site, _margin) for site in dataset.site_names[:MOST_SITES])]
-    return comparison_table(rows, columns, f"{NAMES[metric]} at each site")
+    cut = f" (the first {MOST_SITES} of {dataset.num_sites}; metrics.csv has all)" if dataset.num_sites > MOST_SITES else ""
+    return comparison_table(rows, columns, f"{NAMES[metric]} at each site{cut}")
 
 
 def costs(fits: Mapping[str, Fit], epsilons: Mapping[str, float], config: Any) -> Table:
@@ -144,7 +151,7 @@ def costs(fits: Mapping[str, Fit], epsilons: Mapping[str, float], config: Any) -
     for arm, fit in fits.items():
         down, up = (Missing("the records themselves travel") if arm == "centralized" else size / 1000 for size in fit.payload)
         rows.append({"arm": arm, "down": down, "up": up, "epsilon": epsilons.get(arm, Missing("nothing is promised"))})
-    columns = [Column("arm", "", right=False), Column("down", "kB down", number(1)), Column("up", "kB up", number(1)),
+    columns = [Column("arm", "", right=False), Column("down", "kB down", "{:.1f}".format), Column("up", "kB up", "{:.1f}".format),
                Column("epsilon", f"ε of a site (δ {config.delta:g})", _epsilon)]
     return comparison_table(rows, columns, f"Costs of a site: traffic in a round, privacy after {config.rounds} rounds")
 
@@ -158,16 +165,15 @@ def reading(results: Results, dataset: FederatedDataset, arms: list[str]) -> lis
             delta = results.difference(arm, "local only", "test", "mean", metric)
             parts.append(f"{_signed(delta)} {name}")
         sentences.append(f"{arm} against each site's own model, mean over sites: {' and '.join(parts)}.")
-    below = []
-    for site in dataset.site_names:
-        delta = results.difference("FedAvg", "local only", "test", site, "accuracy")
-        if delta.high < 0:
-            below.append(site)
-    where = ", ".join(below[:6])
-    sentences.append(
-        f"FedAvg classifies worse than the site's own model at {len(below)} of {len(dataset.site_names)} sites ({where})." if below else
-        "At no site does FedAvg classify measurably worse than the site's own model.")
-    candidates = [arm for arm in arms if arm not in ("centralized", "local only")]
+    deltas = {site: results.difference("FedAvg", "local only", "test", site, "accuracy") for site in dataset.site_names}
+    below = [site for site, delta in deltas.items() if delta.high < 0]
+    if all(math.isnan(delta.high) for delta in deltas.values()):
+        sentences.append("One seed has no intervals: which of these differences are chance remains open.")
+    elif below:
+        sentences.append(f"FedAvg classifies worse than the site's own model at {len(below)} of {len(deltas)} sites ({_listed(below)}).")
+    else:
+        sentences.append("At no site does FedAvg classify measurably worse than the site's own model.")
+    candidates = [arm for arm in arms if arm not in REFERENCES]
     best = max(candidates, key=lambda arm: _mean(results.interval(arm, "test", "worst", "accuracy")))
     sentences.append(f"The best accuracy at the worst site: {best}, {_shown(results.interval(best, 'test', 'worst', 'accuracy'))}.")
     for site in dataset.unseen_names:
@@ -177,7 +183,7 @@ def reading(results: Results, dataset: FederatedDataset, arms: list[str]) -> lis
 
 
 def privacy_reading(
-    results: Results, ledgers: Mapping[str, PrivacyLedger], epsilons: Mapping[str, float], config: Any
+    results: Results, dataset: FederatedDataset, ledgers: Mapping[str, PrivacyLedger], epsilons: Mapping[str, float], config: Any
 ) -> list[str]:
     """What each private arm promises a site, and what its noise did."""
     sentences = []
@@ -188,11 +194,12 @@ def privacy_reading(
             f"{arm}: epsilon {_epsilon(epsilons[arm])} at delta {config.delta:g} for a whole site, AUROC "
             f"{_shown(results.interval(arm, 'test', 'mean', 'auroc'))}; the noise is {means['noise_norm'] / means['signal_norm']:.1f} times as "
             f"long as the mean update, {100 * means['clipped']:.0f} % of the updates were clipped.")
-    sites = len(results.metrics[results.metrics["split"] == "test"]["site"].unique()) - 4
     sentences.append(
-        f"{sites} sites cannot hide one of them and learn much: the noise that hides a site is spread over {sites} only, every site takes part "
-        f"in every round (no amplification), and {config.rounds} rounds add up. Epsilon is by {CONVERSION[ACCOUNTANT]}; it covers the models that are "
-        "sent, not these metrics, nor the choice of hyper-parameters. BatchNorm statistics stay at the sites in these arms, which alone changes accuracy.")
+        f"{dataset.num_sites} sites cannot hide one of them and learn much: the noise that hides a site is spread over {dataset.num_sites} "
+        f"only, every site takes part in every round (no amplification), and {config.rounds} rounds add up.")
+    sentences.append(
+        f"Epsilon is by {CONVERSION[ACCOUNTANT]}. It covers the models that are sent, not these metrics, nor the choice of "
+        "hyper-parameters. BatchNorm statistics stay at the sites in the private arms, which alone changes accuracy.")
     return sentences
 
 
@@ -211,6 +218,37 @@ def trouble(results: Results, arms: list[str]) -> list[str]:
     return sentences
 
 
+def undefined(results: Results, dataset: FederatedDataset) -> list[str]:
+    """Which sites have no value of a metric, in how many seeds, and why."""
+    seeds = results.last["seed"].nunique()
+    sentences = []
+    for metric, name in NAMES.items():
+        rows = results.last[(results.last["metric"] == metric) & results.last["value"].isna()]
+        places = []
+        for split, sites in (("test", dataset.site_names), ("unseen", dataset.unseen_names)):
+            for site in sites:
+                missing = rows[(rows["split"] == split) & (rows["site"] == site)]
+                if len(missing):
+                    reasons = " or ".join(missing["note"].unique())
+                    places.append(f"{site} ({reasons}; {missing['seed'].nunique()} of {seeds} seeds)")
+        if places:
+            sentences.append(f"{name} is undefined at {_listed(places)}; the means leave these out.")
+    return sentences
+
+
+def _bullets(mark: str, sentences: Iterable[str]) -> RichTable:
+    """Sentences whose further lines are indented like the first."""
+    grid = RichTable.grid(padding=(0, 1, 0, 0))
+    for sentence in sentences:
+        grid.add_row(f" {mark}", Text(sentence))
+    return grid
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_SITES} more" if len(names) > MOST_SITES else ""
+    return ", ".join(names[:MOST_SITES]) + more
+
+
 def _mean(value: Interval | Missing) -> float:
     return value.mean if isinstance(value, Interval) else -math.inf
 
@@ -224,9 +262,9 @@ def _margin(value: Interval) -> str:
 
 
 def _signed(delta: Interval) -> str:
-    sign = "+" if delta.mean > 0 else "-"
-    margin = "" if math.isnan(delta.low) else f"±{number()((delta.high - delta.low) / 2)}"
-    return f"{sign}{number()(abs(delta.mean))}{margin}"
+    if math.isnan(delta.mean):
+        return "undefined"
+    return signed()(delta.mean) + ("" if math.isnan(delta.low) else f"±{number()((delta.high - delta.low) / 2)}")
 
 
 def _difference(delta: Interval) -> str:

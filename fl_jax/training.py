@@ -1,12 +1,13 @@
 """The host loop of a study: blocks of rounds on the device, an evaluation after each, rows, checkpoints, progress.
 
 An arm is one thing that is trained. All its runs (seeds, points of a grid) are rows of one compiled program, a block of rounds with the
-predictions after them; what is measured of these is one more program, which all arms share. Nothing else runs on the host's command. What a run draws in round r depends on its key and r alone; so a run that
-was killed and resumed equals one that was not, bit for bit.
+predictions after them; what is measured of these is one more program, which all arms share. What a run draws in round r depends on
+its key and r alone; so a run that was killed and resumed equals one that was not, bit for bit.
 """
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from fl_jax import evaluation
 from fl_jax.checkpoint import Checkpoints
 from fl_jax.errors import FlJaxError
 from fl_jax.metrics import CLASSIFICATION, Metric
-from fl_jax.results.rows import evaluation_rows, round_rows
+from fl_jax.results.rows import OVER_SITES, evaluation_rows, round_rows
 from fl_jax.results.run_folder import MetricRow, RunFolder, frame
 from fl_jax.runtime import usable_cores
 from fl_jax.sweep import each_run
@@ -46,6 +47,7 @@ from fl_jax.types import (
 )
 
 MAX_DONORS = 16
+MOST_NAMED = 10
 
 
 class Runs(NamedTuple):
@@ -143,14 +145,27 @@ def fit(
     Ctrl-C ends the block that runs, saves it and raises KeyboardInterrupt; a second one stops at once. Raises FlJaxError where every
     message of a round was not finite, naming the round and the sites: what was saved before stays.
     """
-    if len({arm.name for arm in arms}) < len(arms):
-        raise FlJaxError("two arms have the same name: their rows could not be told apart.")
+    _check(study, arms, seeds, runs)
+    with tqdm(total=len(arms), desc="compiling", unit="arm", leave=False, disable=None if progress else True) as bar:
+        programs, measure = _compile_arms(study, arms, runs, bar)
     with _interruptible() as stop:
-        with tqdm(total=len(arms), desc="compiling", unit="arm", leave=False, disable=None if progress else True) as bar:
-            programs, measure = _compile_arms(study, arms, runs, bar)
         return {
             program.name: _fit_arm(study, program, measure, seeds, runs, stop, folder, resume, progress) for program in programs
         }
+
+
+def _check(study: Study, arms: Sequence[Arm], seeds: Sequence[int], runs: Runs) -> None:
+    if study.rounds < 1 or study.evaluate_every < 1:
+        raise FlJaxError(f"rounds is {study.rounds} and evaluate_every {study.evaluate_every}: give 1 or more for both.")
+    for name in (*study.site_names, *study.unseen_names):
+        if name in OVER_SITES:
+            raise FlJaxError(f"a site is called {name!r}, as rows over all sites are: give it another name.")
+    folders = [f"{_folder_name(arm.name)}".casefold() for arm in arms]
+    for arm, folder in zip(arms, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise FlJaxError(f"two arms are called {arm.name!r} or differ from it in punctuation or case only: name them apart.")
+    if not len(seeds) == runs.key.shape[0] == runs.data.shape[0]:
+        raise FlJaxError(f"there are {len(seeds)} seeds for {runs.key.shape[0]} keys and {runs.data.shape[0]} data sets: give each run one.")
 
 
 Measure = Callable[[Splits, Outputs], Measured]
@@ -160,6 +175,7 @@ class _Program(NamedTuple):
     """An arm, ready to run. initial: its state before training. blocks: length -> compiled (runs, splits, state) -> (state, Block)."""
 
     name: str
+    num_clients: int
     payload: tuple[int, int]
     initial: State
     blocks: dict[int, Callable[..., tuple[State, Block]]]
@@ -175,7 +191,7 @@ def _fit_arm(
         state, done, rows = arm.initial, 0, frame([])
         checkpoints = None
         if folder is not None:
-            checkpoints = stack.enter_context(Checkpoints(folder.path / "checkpoints" / _file_name(arm.name), folder.config))
+            checkpoints = stack.enter_context(Checkpoints(folder.path / "checkpoints" / _folder_name(arm.name), folder.config))
             if resume:
                 found = checkpoints.restore_latest(state)
                 done, state = (found[0], found[1]) if found is not None else (0, state)
@@ -189,7 +205,7 @@ def _fit_arm(
             state, block = arm.blocks[length](runs, study.splits, state)
             measured = measure(study.splits, block.outputs)
             block, measured = jax.device_get((block, measured))
-            _refuse_all_nonfinite(arm.name, seeds, done, block, study.site_names)
+            _refuse_all_nonfinite(study, arm, seeds, done, block)
             new = list(_block_rows(study, arm, seeds, done + length, block, measured))
             done += length
             if folder is not None and checkpoints is not None:
@@ -211,7 +227,7 @@ def _compile_arms(study: Study, arms: Sequence[Arm], runs: Runs, bar: tqdm) -> t
 
     def compiled(arm: Arm) -> tuple[_Program, Outputs]:
         began = time.perf_counter()
-        start, rounds, payload = _functions(study, arm, runs)
+        start, rounds, num_clients, payload = _functions(study, arm, runs)
         initial = jax.jit(each_run(start, mesh=study.mesh))(runs)
         blocks: dict[int, Callable[..., tuple[State, Block]]] = {}
         for length in lengths:
@@ -222,16 +238,21 @@ def _compile_arms(study: Study, arms: Sequence[Arm], runs: Runs, bar: tqdm) -> t
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             lowered.out_info[1].outputs, call.output_shardings[1].outputs)
         bar.update()
-        return _Program(arm.name, payload, initial, blocks, time.perf_counter() - began), outputs
+        return _Program(arm.name, num_clients, payload, initial, blocks, time.perf_counter() - began), outputs
 
-    with ThreadPoolExecutor(max(1, min(usable_cores(), len(arms)))) as pool:
+    pool = ThreadPoolExecutor(max(1, min(usable_cores(), len(arms))))
+    try:
         programs = [pool.submit(compiled, arm) for arm in arms]
         measuring = measure.lower(study.splits, programs[0].result()[1]).compile()
         return [program.result()[0] for program in programs], measuring
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C or an error nobody waits for arms that were not begun
 
 
-def _functions(study: Study, arm: Arm, runs: Runs) -> tuple[Callable[[Runs], State], Callable[..., tuple[State, Block]], tuple[int, int]]:
-    """Of one run: start (run) -> state, rounds (length, (run, state), splits) -> (state, Block); and the payload of a client."""
+def _functions(
+    study: Study, arm: Arm, runs: Runs
+) -> tuple[Callable[[Runs], State], Callable[..., tuple[State, Block]], int, tuple[int, int]]:
+    """Of one run: start (run) -> state, rounds (length, (run, state), splits) -> (state, Block); the clients, and the payload of one."""
     num_clients = jax.eval_shape(lambda splits: arm.view(_row(splits, jnp.int32(0))), study.splits).train.size.shape[0]
     donors = jnp.asarray(np.unique(np.linspace(0, len(study.site_names) - 1, MAX_DONORS).round()), jnp.int32)
     payload: list[tuple[int, int]] = []
@@ -266,7 +287,7 @@ def _functions(study: Study, arm: Arm, runs: Runs) -> tuple[Callable[[Runs], Sta
         return state, Block(ids, metrics, Outputs(predict(own.validation), predict(own.test), unseen))
 
     jax.eval_shape(start, jax.tree.map(lambda leaf: leaf[0], runs))
-    return start, rounds, payload[0]
+    return start, rounds, num_clients, payload[0]
 
 
 def _measure_run(study: Study, row: tuple[Array, Outputs], splits: Splits) -> Measured:
@@ -293,17 +314,19 @@ def _block_rows(
         yield from evaluation_rows(arm.name, seeds, done, split, names, getattr(measured, split))
 
 
-def _refuse_all_nonfinite(arm: str, seeds: Sequence[int], done: int, block: Block, names: Sequence[str]) -> None:
+def _refuse_all_nonfinite(study: Study, arm: _Program, seeds: Sequence[int], done: int, block: Block) -> None:
     """Raises where a round had messages and none of them was finite."""
     server: Metrics = block.rounds.server
     dead = np.argwhere((np.asarray(server["participants"]) == 0) & (np.asarray(server["nonfinite"]) > 0))
     if len(dead):
         s, t = dead[np.argmin(dead[:, 1])]
-        bad = np.asarray(block.ids)[s, t][np.asarray(block.rounds.clients["nonfinite"])[s, t] > 0]
-        sites = ", ".join(names[i] if len(names) > i else str(i) for i in bad[:10].tolist())
+        bad = np.asarray(block.ids)[s, t][np.asarray(block.rounds.clients["nonfinite"])[s, t] > 0].tolist()
+        own = arm.num_clients == len(study.site_names)  # else the arm has a view of its own, such as all records at one place
+        names = [study.site_names[i] if own else f"client {i} of {arm.num_clients}" for i in bad]
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
         raise FlJaxError(
-            f"{arm}, seed {seeds[s]}: in round {done + int(t) + 1} no site sent a finite update ({sites}); lower the learning rate "
-            "or look at these sites' records.")
+            f"{arm.name}, seed {seeds[s]}: in round {done + int(t) + 1} no site sent a finite update "
+            f"({', '.join(names[:MOST_NAMED])}{more}); lower the learning rate or look at these sites' records.")
 
 
 @contextlib.contextmanager
@@ -318,7 +341,7 @@ def _interruptible() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        tqdm.write("Stopping after this block of rounds; press Ctrl-C again to stop at once.")
+        tqdm.write("Stopping after this block of rounds; press Ctrl-C again to stop at once.", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, handler)
     try:
@@ -327,5 +350,5 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _file_name(arm: str) -> Path:
+def _folder_name(arm: str) -> Path:
     return Path("".join(c if c.isalnum() or c in "-_.()=" else "_" for c in arm))

@@ -11,6 +11,10 @@ from fl_jax.results.run_folder import MetricRow
 from fl_jax.types import RoundMetrics
 
 
+OVER_SITES = ("all", "mean", "worst", "std")
+"""What stands in the column of sites where a number is of several: records pooled, and mean, worst and spread over sites."""
+
+
 def evaluation_rows(
     arm: str, seeds: Sequence[int], round: int, split: str, names: Sequence[str], metrics: SiteMetrics | UnseenMetrics
 ) -> Iterator[MetricRow]:
@@ -25,9 +29,8 @@ def evaluation_rows(
                 reason = why_undefined(value, {key: int(count[s, i]) for key, count in counts.items()})
                 yield MetricRow(arm, seed, round, split, site, name, value, reason)
         if isinstance(metrics, SiteMetrics):
-            overall: Mapping[str, Mapping[str, Any]] = {
-                "all": metrics.pooled, "mean": metrics.mean, "worst": metrics.worst, "std": metrics.std}
-            for site, measured in overall.items():
+            overall: tuple[Mapping[str, Any], ...] = (metrics.pooled, metrics.mean, metrics.worst, metrics.std)
+            for site, measured in zip(OVER_SITES, overall, strict=True):
                 for name, value in measured.items():
                     number = float(value[s])
                     yield MetricRow(arm, seed, round, split, site, name, number, "undefined at every site" if np.isnan(number) else "")
