@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fl_jax import schedule, trees
 from fl_jax.types import (
@@ -113,6 +113,15 @@ def client_mesh(num_devices: int | None = None) -> Mesh | None:
     return jax.make_mesh((len(devices),), (CLIENTS,), axis_types=(AxisType.Auto,), devices=devices) if len(devices) > 1 else None
 
 
+def on_every_device(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """The arrays of a tree on every device of a mesh, as a round returns its state; as they are where mesh is None.
+
+    State and data that lie on one device only would be copied to the others in each call, and the second call of a jitted round, with
+    the state that the first returned, would compile once more.
+    """
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def site_keys(key: Key, id: Array) -> Key:
     """The four keys of a site in a round: for the order of its records, its beginning, its steps, and the aggregator. key: the round's."""
     return jax.random.split(jax.random.fold_in(key, id), 4)
@@ -169,7 +178,8 @@ def _work(
     next lane's site ends; then that one site ends, is lifted into the total, and its lane begins the next site of the queue."""
 
     def take(offset: Array, index: Array) -> tuple[PyTree, PyTree]:
-        return trees.copy_rows((sites.x, sites.y), offset + index)
+        rows = trees.copy_rows((sites.x, sites.y), (offset + index).reshape(-1))
+        return jax.tree.map(lambda leaf: leaf.reshape(*index.shape, *leaf.shape[1:]), rows)
 
     def begin(position: Array) -> _Lane:
         slot = queue.slot[jnp.minimum(position, queue.slot.shape[0] - 1)]
@@ -187,11 +197,18 @@ def _work(
         def together(i: Array, carry: PyTree) -> PyTree:
             t = group.t + i
             index, mask = jax.vmap(client.batches.draw)(group.order, t)
-            rows = trees.copy_rows((sites.x, sites.y), (group.offset[:, None] + index).reshape(-1))
-            x, y = jax.tree.map(lambda leaf: leaf.reshape(*mask.shape, *leaf.shape[1:]), rows)
-            return _side_by_side(step, lanes)(group.key, t, carry, Batch(x, y, mask))
+            rows = take(group.offset[:, None], index)
+            return jax.vmap(step)(group.key, t, carry, Batch(*rows, mask))
 
-        carry = jax.lax.fori_loop(0, count, together, group.carry)
+        def alone(i: Array, carry: PyTree) -> PyTree:
+            index, mask = client.batches.draw(lane.order, lane.t + i)
+            return step(lane.key, lane.t + i, carry, Batch(*take(lane.offset, index), mask))
+
+        if lanes > 1:
+            carry = jax.lax.fori_loop(0, count, together, group.carry)
+        else:  # without an axis of lanes, which would cost a copy of the carry in every step
+            lane = jax.tree.map(lambda leaf: leaf[0], group)
+            carry = jax.tree.map(lambda leaf: leaf[None], jax.lax.fori_loop(0, count, alone, lane.carry))
         return group._replace(carry=carry, t=group.t + count, left=group.left - count)
 
     def finish(done: _Done, lane: _Lane) -> _Done:
@@ -210,28 +227,21 @@ def _work(
         return _Done(total, trees.set_row(done.kept, lane.slot, kept), trees.set_row(done.reports, lane.slot, reports), done.lane_steps)
 
     def turn(loop: tuple[_Done, _Lane, Array, Array]) -> tuple[_Done, _Lane, Array, Array]:
-        done, group, ended, begun = loop
-        which = jnp.argmin(group.left)
-        count = group.left[which]
+        done, group, idle, ended = loop
+        # A site begins here, not when the one before it in its lane ends: what that one left is then read a whole turn before it is
+        # overwritten, so that XLA overwrites it in place and copies no lane. The first turn begins lane 0 once more.
+        group = trees.set_row(group, idle, begin(jnp.where(ended > 0, lanes - 1 + ended, 0)))
+        ending = jnp.argmin(group.left)
+        count = group.left[ending]
         group = advance(group, count)
-        done = finish(done, trees.row(group, which))._replace(lane_steps=done.lane_steps + jnp.float32(lanes) * count)
-        return done, trees.set_row(group, which, begin(begun)), ended + 1, begun + 1
+        done = finish(done, trees.row(group, ending))._replace(lane_steps=done.lane_steps + jnp.float32(lanes) * count)
+        return done, group, ending, ended + 1
 
     group = jax.vmap(begin)(jnp.arange(lanes, dtype=jnp.int32))
     nothing = _nothing(client, aggregator, key, shared, aggregate, tasks, trees.row(group.carry, jnp.int32(0)))
-    done, _, _, _ = jax.lax.while_loop(lambda loop: loop[2] < queue.length, turn, (nothing, group, jnp.int32(0), jnp.int32(lanes)))
+    start = (nothing, group, jnp.int32(0), jnp.int32(0))
+    done, _, _, _ = jax.lax.while_loop(lambda loop: loop[3] < queue.length, turn, start)
     return done
-
-
-def _side_by_side(step: Any, lanes: int) -> Any:
-    """vmap over the lanes; a single lane is stepped without a batch axis, which costs less."""
-    if lanes > 1:
-        return jax.vmap(step)
-
-    def alone(*stacked: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf[None], step(*jax.tree.map(lambda leaf: leaf[0], stacked)))
-
-    return alone
 
 
 def _nothing(client: Client, aggregator: Aggregator, key: Key, shared: PyTree, aggregate: PyTree, tasks: _Tasks, carry: PyTree) -> _Done:

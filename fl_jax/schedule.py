@@ -63,26 +63,56 @@ def makespan(steps: Sequence[int] | np.ndarray, num_devices: int, lanes: int) ->
     return longest
 
 
-def choose_lanes(
-    steps: np.ndarray, cohort_size: int, step_seconds: Callable[[int], float], *, num_devices: int = 1, site_seconds: float = 0.0,
-    candidates: Sequence[int] | None = None, draws: int = 20, seed: int = 0,
-) -> int:
-    """The number of lanes a device that makes a round shortest: the longest lane times the time of one step with so many lanes.
+class Cost(NamedTuple):
+    """What a device's time goes into, in seconds. step: one vmapped step of all lanes. site: ending one site and beginning the next."""
 
-    steps: int[N], the steps of each of the N sites in a round. step_seconds: (lanes) -> seconds of one vmapped step, measured
-    (fl_jax.training.measure_step) or estimated; called once a candidate. site_seconds: seconds to end one site and begin the next.
-    candidates: numbers to consider; by default 1, 2, 3, 4, 5, 8, 10, 16, ... up to a device's share of the cohort. draws: cohorts that
-    are simulated (one if everybody takes part).
-    """
-    share = -(-cohort_size // num_devices)
-    if candidates is None:
-        candidates = [n for n in (1, 2, 3, 4, 5, 8, 10, 16, 25, 32, 50, 64, 100, 128) if n <= share]
+    step: float
+    site: float
+
+
+def round_seconds(span: float, sites: int, cost: Cost) -> float:
+    """The cost model: the steps of the busiest device, and the sites that it ends. span: its steps (makespan). sites: how many."""
+    return span * cost.step + sites * cost.site
+
+
+def mean_span(steps: np.ndarray, cohort_size: int, num_devices: int, lanes: int, *, draws: int = 20, seed: int = 0) -> float:
+    """The mean makespan of uniformly drawn cohorts. steps: int[N], of each of the N sites; draws: how many (one if all take part)."""
+    if cohort_size >= len(steps):
+        return float(makespan(steps, num_devices, lanes))
     rng = np.random.default_rng(seed)
-    whole = cohort_size >= len(steps)
-    cohorts = [steps if whole else rng.choice(steps, cohort_size, replace=False) for _ in range(1 if whole else draws)]
+    return float(np.mean([makespan(rng.choice(steps, cohort_size, replace=False), num_devices, lanes) for _ in range(draws)]))
 
-    def seconds(lanes: int) -> float:
-        spans = np.mean([makespan(cohort, num_devices, lanes) for cohort in cohorts])
-        return float(spans) * step_seconds(lanes) + share * site_seconds
 
-    return min(candidates, key=seconds)
+def candidate_lanes(share: int) -> list[int]:
+    """Numbers of lanes worth a measurement for a device that gets `share` sites, ascending from 1 to share: those that divide it into
+    full turns, each about half as many again as the one before."""
+    splits = sorted({-(-share // turns) for turns in range(1, share + 1)}, reverse=True)
+    chosen = splits[:1]
+    for lanes in splits:
+        if 3 * lanes <= 2 * chosen[-1]:
+            chosen.append(lanes)
+    return chosen[::-1]
+
+
+def choose_lanes(
+    steps: np.ndarray, cohort_size: int, cost: Callable[[int], Cost], *, num_devices: int = 1, candidates: Sequence[int] | None = None,
+    draws: int = 20, seed: int = 0,
+) -> tuple[int, dict[int, float]]:
+    """The number of lanes a device that makes a round shortest by the cost model, and the seconds of a round for each one tried.
+
+    steps: int[N], the steps of each of the N sites in a round. cost: (lanes) -> what a step and a site cost then, measured
+    (fl_jax.tuning) or estimated; called once a candidate, ascending, and no more after one that is worse than the best by a quarter or
+    two that are worse: more lanes share the fixed cost of a step, until their carries fall out of the cache. candidates: by default
+    `candidate_lanes`. draws, seed: as in `mean_span`.
+    """
+    share = -(-min(cohort_size, len(steps)) // num_devices)
+    seconds: dict[int, float] = {}
+    worse = 0
+    for lanes in sorted(candidates or candidate_lanes(share)):
+        span = mean_span(steps, cohort_size, num_devices, lanes, draws=draws, seed=seed)
+        before = min(seconds.values(), default=np.inf)
+        seconds[lanes] = round_seconds(span, share, cost(lanes))
+        worse = worse + 1 if seconds[lanes] > before else 0
+        if worse == 2 or seconds[lanes] > 1.25 * before:
+            break
+    return min(seconds, key=lambda lanes: seconds[lanes]), seconds
