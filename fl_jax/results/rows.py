@@ -10,7 +10,6 @@ from fl_jax.metrics import why_undefined
 from fl_jax.results.run_folder import MetricRow
 from fl_jax.types import RoundMetrics
 
-
 OVER_SITES = ("all", "mean", "worst", "std")
 """What stands in the column of sites where a number is of several: records pooled, and mean, worst and spread over sites."""
 
