@@ -7,11 +7,13 @@ whatever the lane, the device, the order of the cohort, or a resume.
 """
 
 from fractions import Fraction
+from numbers import Real
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from fl_jax.errors import FlJaxError
 from fl_jax.types import Array, Batches, Key
 
 ROUNDS = 18  # twelve are measurably not uniform for n = 5; tests/test_batches.py measures all orders of 5 and of 7
@@ -78,14 +80,19 @@ def epochs(num_epochs: float | Array, batch_size: int) -> Batches:
     """`num_epochs` passes over a site's records in batches of `batch_size`, each pass in a new order, without replacement.
 
     The last batch of a pass is padded (mask 0), so a pass is ceil(n / batch_size) steps and uses every record once. A fraction of an
-    epoch is rounded up to whole steps. A batch size above a site's size gives one padded batch a pass.
+    epoch is rounded up to whole steps. A batch size above a site's size gives one padded batch a pass. num_epochs may be a tracer.
+    Raises FlJaxError unless batch_size >= 1 and num_epochs >= 1e-4.
     """
-    whole = Fraction(num_epochs).limit_denominator(10_000) if isinstance(num_epochs, float) else num_epochs
+    _check(batch_size, num_epochs, "num_epochs")
+    whole = Fraction(float(num_epochs)).limit_denominator(10_000) if isinstance(num_epochs, Real) else num_epochs
 
     def steps(num_records: Array) -> Array:
         per_pass = -(-num_records // batch_size)
-        if isinstance(whole, Fraction):
-            return -(-per_pass * whole.numerator // whole.denominator)
+        if isinstance(whole, Fraction):  # parts and rest apart, so that int32 holds what comes between
+            parts, rest = per_pass // whole.denominator, per_pass % whole.denominator
+            return parts * whole.numerator + -(-rest * whole.numerator // whole.denominator)
+        if jnp.issubdtype(jnp.result_type(whole), jnp.inexact):
+            return jnp.ceil(per_pass * whole - 1e-3).astype(jnp.int32)  # ten times float32's .1 is one, not one and a bit
         return per_pass * whole
 
     return Batches(batch_size, steps, order, _passes(batch_size))
@@ -95,8 +102,18 @@ def updates(num_steps: int | Array, batch_size: int) -> Batches:
     """A fixed number of steps for every site, whatever its size, through its records in passes as in `epochs`.
 
     This is the budget of cross-silo benchmarks (FLamby's "local updates"), where a small site repeats its records more often.
+    Raises FlJaxError unless batch_size and num_steps are 1 or more.
     """
+    _check(batch_size, num_steps, "num_steps")
     return Batches(batch_size, lambda num_records: jnp.full_like(num_records, num_steps), order, _passes(batch_size))
+
+
+def _check(batch_size: int, budget: float | Array, name: str) -> None:
+    least = 1 if name == "num_steps" else 1e-4
+    if batch_size < 1:
+        raise FlJaxError(f"batch_size is {batch_size}; give 1 or more.")
+    if isinstance(budget, Real) and not least <= budget < float("inf"):
+        raise FlJaxError(f"{name} is {budget}; give {least} or more.")
 
 
 def _passes(batch_size: int):
