@@ -1,5 +1,8 @@
 """How messages become one pseudo-gradient: the weighted mean, the private mean, the coordinate-wise median."""
 
+import math
+from numbers import Real
+
 import dp_accounting
 import jax
 import jax.numpy as jnp
@@ -61,10 +64,12 @@ def private_mean(clip: float | Array, noise_multiplier: float, expected_cohort: 
     cohort's weights are used only as present or absent, and does not cover metrics: "clipped" (share of the messages that were cut)
     and all that clients report are exact. Statistics of BatchNorm are refused: noise turns a variance negative.
     """
-    if isinstance(noise_multiplier, (int, float)) and noise_multiplier < 0:
-        raise FlJaxError(f"noise_multiplier must not be negative, and is {noise_multiplier}.")
-    if expected_cohort <= 0:
-        raise FlJaxError(f"expected_cohort must be above 0, and is {expected_cohort}.")
+    if isinstance(clip, Real) and not 0 < clip < math.inf:
+        raise FlJaxError(f"clip must be above 0 and finite, and is {clip}.")
+    if isinstance(noise_multiplier, Real) and not 0 <= noise_multiplier < math.inf:
+        raise FlJaxError(f"noise_multiplier must be 0 or more and finite, and is {noise_multiplier}.")
+    if not 0 < expected_cohort < math.inf:
+        raise FlJaxError(f"expected_cohort must be above 0 and finite, and is {expected_cohort}.")
 
     def init(shared: PyTree, num_clients: int) -> tuple[()]:
         del num_clients
@@ -77,6 +82,7 @@ def private_mean(clip: float | Array, noise_multiplier: float, expected_cohort: 
     def lift(key: Key, state: PyTree, weight: Array, message: PyTree) -> tuple[PyTree, Array, Array]:
         del key, state
         present = (weight > 0).astype(jnp.float32)
+        message = optax.tree.cast(message, jnp.float32)  # a norm of few bits would let more than the clip through
         norm = optax.tree.norm(message)
         scale = jnp.minimum(1.0, clip / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
         # a norm that overflows makes the scale 0 and 0 * inf a NaN: the engine zeroes non-finite messages, this the rest
@@ -94,6 +100,6 @@ def private_mean(clip: float | Array, noise_multiplier: float, expected_cohort: 
                    "noise_norm": jnp.float32(deviation / expected_cohort) * size**0.5}
         return noisy, state, metrics
 
-    private = not isinstance(noise_multiplier, (int, float)) or noise_multiplier > 0
+    private = not isinstance(noise_multiplier, Real) or noise_multiplier > 0
     event = dp_accounting.GaussianDpEvent(noise_multiplier) if private else dp_accounting.NonPrivateDpEvent()
     return Aggregator(init, lift, combine, event, acts_when_empty=True)

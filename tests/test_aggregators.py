@@ -1,0 +1,174 @@
+"""Means and medians equal numpy's; the private mean moves by at most its clip whatever a client sends, and its noise is as stated."""
+
+import dp_accounting
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats
+
+from fl_jax import aggregators
+from fl_jax.errors import FlJaxError
+from fl_jax.types import Variables
+
+KEY = jax.random.key(11)
+RNG = np.random.default_rng(0)
+MESSAGES = {"a": RNG.normal(size=(5, 3, 2)).astype(np.float32), "b": [RNG.normal(size=(5, 4)).astype(np.float32)]}  # of five clients
+SHARED = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:]), MESSAGES)
+
+
+def aggregate(aggregator, weights, messages=MESSAGES, shared=SHARED):
+    """What the engine does with a cohort: lift each, then sum or stack, then combine."""
+    @jax.jit
+    def run(weights, messages):
+        state = aggregator.init(shared, len(weights))
+        summands = jax.vmap(lambda weight, message: aggregator.lift(KEY, state, weight, message))(weights, messages)
+        total = summands if aggregator.stacked else jax.tree.map(lambda leaf: leaf.sum(0), summands)
+        mean, _, metrics = aggregator.combine(KEY, state, total)
+        return mean, metrics
+
+    return run(jnp.asarray(weights, jnp.float32), messages)
+
+
+def close(a, b, tolerance=1e-6):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1, 1, 1], [3, 0, 50, 1, 7], [0, 0, 0, 0.5, 0]])
+def test_mean_is_weighted(weights):
+    close(aggregate(aggregators.mean(), weights)[0], jax.tree.map(lambda leaf: np.average(leaf, axis=0, weights=weights), MESSAGES))
+
+
+@pytest.mark.parametrize("aggregator", [aggregators.mean(), aggregators.median(), aggregators.private_mean(1.0, 0.0, 5)])
+def test_of_nobody_is_zero(aggregator):
+    close(aggregate(aggregator, [0] * 5)[0], SHARED, 0)
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1, 1, 1], [3, 0, 50, 1, 7], [2, 0, 0, 1, 0], [0, 0, 9, 0, 0]])
+def test_median_is_numpys_over_those_who_took_part(weights):
+    present = np.array(weights) > 0
+    expected = jax.tree.map(lambda leaf: np.median(leaf[present], axis=0), MESSAGES)
+    close(aggregate(aggregators.median(), weights)[0], expected, 1e-6)
+    moved = jax.tree.map(lambda leaf: np.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 1e6).astype(np.float32), MESSAGES)
+    close(aggregate(aggregators.median(), weights, moved)[0], expected, 1e-6)
+
+
+def test_a_median_is_not_moved_far_by_two_of_five():
+    honest = jax.tree.map(lambda leaf: leaf[2:], MESSAGES)
+    attacked = jax.tree.map(lambda leaf: np.concatenate([np.full_like(leaf[:2], 1e30), leaf[2:]]), MESSAGES)
+    median = aggregate(aggregators.median(), [1] * 5, attacked)[0]
+    jax.tree.map(lambda found, leaf: np.testing.assert_array_equal(found, leaf.max(0)), median, honest)
+
+
+CLIP = 0.7
+bounded = aggregators.private_mean(CLIP, 1.0, 10)
+lifted = jax.jit(lambda weight, message: bounded.lift(KEY, (), weight, message))
+ANY = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=False)
+SPECIAL = st.sampled_from([0.0, np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1.8e19, 1.9e19, 1e-30, 1e-38, 0.7, 0.1])
+
+
+def norm(tree):
+    return np.sqrt(sum(np.sum(np.float64(leaf) ** 2) for leaf in jax.tree.leaves(tree)))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(hnp.arrays(np.float32, 10, elements=ANY | SPECIAL), st.sampled_from([0.0, 1.0, 17.0]))
+def test_whatever_a_client_sends_moves_the_sum_by_at_most_the_clip(values, weight):
+    message = {"a": values[:6].reshape(3, 2), "b": [values[6:]]}
+    summand, cut, present = jax.device_get(lifted(jnp.float32(weight), message))
+    assert norm(summand) <= CLIP * (1 + 1e-6)  # NaN would not be
+    assert present == (weight > 0)
+    if weight == 0:
+        assert norm(summand) == 0 and cut == 0
+    elif np.isfinite(values).all() and 1e-15 < norm(message) < 1e18:
+        scale = min(1.0, CLIP / norm(message))
+        close(summand, jax.tree.map(lambda leaf: leaf * np.float32(scale), message), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_large_message_is_clipped_as_exactly(dtype):
+    message = {"a": (1e-3 + jax.random.normal(KEY, (1_000_000,))).astype(dtype), "b": jnp.full(300, 1e-2, dtype)}
+    assert 0.9999 * CLIP < norm(lifted(jnp.float32(1), message)[0]) <= CLIP * (1 + 1e-5)
+
+
+def test_one_client_more_moves_the_mean_by_at_most_clip_over_the_expected_cohort():
+    silent = aggregators.private_mean(CLIP, 0.0, 4)
+    large = jax.tree.map(lambda leaf: leaf * 100, MESSAGES)
+    everybody, metrics = aggregate(silent, [1] * 5, large)
+    for left_out in range(5):
+        without, _ = aggregate(silent, [i != left_out for i in range(5)], large)
+        np.testing.assert_allclose(norm(jax.tree.map(jnp.subtract, everybody, without)), CLIP / 4, rtol=1e-5)
+    assert metrics["clipped"] == 1
+
+
+def test_without_noise_and_clip_it_is_the_unweighted_mean_of_a_full_cohort_and_the_denominator_is_fixed():
+    silent = aggregators.private_mean(1e9, 0.0, 5)
+    mean, metrics = aggregate(silent, [1, 1, 1, 1, 1])
+    close(mean, jax.tree.map(lambda leaf: leaf.mean(0), MESSAGES))
+    assert metrics["clipped"] == 0 and metrics["noise_norm"] == 0
+    np.testing.assert_allclose(metrics["signal_norm"], norm(mean), rtol=1e-5)
+    close(aggregate(silent, [40, 9, 1, 1, 2])[0], mean)  # weights are presence only
+    close(aggregate(silent, [1, 1, 0, 0, 0])[0], jax.tree.map(lambda leaf: leaf[:2].sum(0) / 5, MESSAGES))
+
+
+def test_the_share_of_clipped_messages_is_of_those_who_came():
+    norms = np.array([norm(jax.tree.map(lambda leaf, i=i: leaf[i], MESSAGES)) for i in range(5)])
+    middle = float(np.sort(norms[1:])[1:3].mean())
+    _, metrics = aggregate(aggregators.private_mean(middle, 0.0, 5), [0, 1, 1, 1, 1])
+    assert metrics["clipped"] == 0.5
+
+
+def test_noise_has_the_stated_deviation_on_every_leaf_and_is_independent():
+    clip, multiplier, cohort = 0.5, 1.3, 20
+    shared = {"a": jnp.zeros((400, 500)), "b": [jnp.zeros(200_000), jnp.zeros(3)]}
+    private = aggregators.private_mean(clip, multiplier, cohort)
+    draw = jax.jit(lambda key: private.combine(key, (), (shared, jnp.float32(0), jnp.float32(0))))
+    noise, _, metrics = draw(KEY)
+    stated = multiplier * clip / cohort
+    a, b = np.ravel(noise["a"]), np.asarray(noise["b"][0])
+    for leaf in (a, b):
+        np.testing.assert_allclose(leaf.std(), stated, rtol=0.01)
+        assert stats.kstest(leaf / stated, "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.01
+    assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.01
+    assert abs(np.corrcoef(a, np.ravel(draw(jax.random.key(12))[0]["a"]))[0, 1]) < 0.01
+    np.testing.assert_allclose(metrics["noise_norm"], norm(noise), rtol=0.01)
+
+
+def test_clip_and_noise_may_be_tracers():
+    def run(clip, multiplier):
+        private = aggregators.private_mean(clip, multiplier, 5)
+        return private.combine(KEY, (), private.lift(KEY, (), jnp.float32(1), jax.tree.map(lambda leaf: leaf[0], MESSAGES)))[0]
+
+    mapped = jax.jit(jax.vmap(run))(jnp.array([0.1, 2.0]), jnp.array([0.0, 1.0]))
+    close(jax.tree.map(lambda leaf: leaf[1], mapped), run(2.0, 1.0))
+
+
+def test_events_and_when_the_server_acts():
+    assert aggregators.private_mean(0.1, 1.5, 4).event == dp_accounting.GaussianDpEvent(1.5)
+    assert aggregators.private_mean(0.1, 1.5, 4).acts_when_empty
+    for aggregator in (aggregators.mean(), aggregators.median(), aggregators.private_mean(0.1, 0.0, 4), aggregators.private_mean(0.1, 0, 4),
+                       aggregators.private_mean(0.1, np.float32(0), 4)):
+        assert aggregator.event == dp_accounting.NonPrivateDpEvent()
+    assert not aggregators.mean().acts_when_empty and not aggregators.median().acts_when_empty
+
+
+@pytest.mark.parametrize(("clip", "multiplier", "cohort", "named"), [
+    (1.0, -0.1, 4, "noise_multiplier"), (1.0, float("nan"), 4, "noise_multiplier"), (1.0, 1.0, 0, "expected_cohort"),
+    (1.0, 1.0, -2, "expected_cohort"), (0.0, 1.0, 4, "clip"), (-1.0, 1.0, 4, "clip"), (float("nan"), 1.0, 4, "clip"),
+    (float("inf"), 1.0, 4, "clip"), (1.0, float("inf"), 4, "noise_multiplier"),
+])
+def test_mechanisms_that_mean_nothing_are_refused(clip, multiplier, cohort, named):
+    with pytest.raises(FlJaxError, match=named):
+        aggregators.private_mean(clip, multiplier, cohort)
+
+
+def test_statistics_are_refused():
+    private = aggregators.private_mean(1.0, 1.0, 4)
+    with pytest.raises(FlJaxError, match="norms.LOCAL"):
+        private.init({"model": Variables({"w": jnp.ones(2)}, {"var": jnp.ones(2)})}, 4)
+    assert private.init(Variables({"w": jnp.ones(2)}, {"var": None}), 4) == ()
