@@ -1,0 +1,114 @@
+"""How fast federated rounds are, beside the same gradient steps without federation.
+
+    python -m experiments.speed --workload W1 --rounds 20              a report
+    python -m experiments.speed --workload W1 --rounds 20 --json       one line, a JSON object
+    python -m experiments.speed --workload W4 --seeds 5                also five seeds in one program, in units of a single run
+
+Workloads: W1 2NN, 100 clients x 600 records, 10 a round, batch 10, lr .1. W2 EMNIST CNN, 340 clients of log-normal sizes, 10 a round,
+batch 20, lr .05. W3 CIFAR-10 CNN with dropout, 1,000 clients x 50, 50 a round, batch 10, lr .1, unweighted. W4 logistic regression on
+Synthetic(1, 1), 30 devices of 50 to 5,000 records, 10 a round, 20 epochs, batch 10, lr .01. Records are generated, or those of --data.
+
+floor_ratio is the floor's time over ours for the same number of SGD steps of the same batch size: the median over pairs measured in
+turn. The floor (experiments.speed_floor) is one jitted loop without anything federated, on one device, in the fastest form of several.
+It may be above 1: the floor's one chain of steps cannot use what lanes and devices use. Expected on 2 cores: W1 1.3, W2 .85, W3 .75,
+W4 1.1, a minute each. Times mean something on a machine that does nothing else.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from experiments import cli
+from fl_jax.errors import FlJaxError
+
+Auto = Literal["auto"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(cli.Common):
+    """Measures the speed of federated rounds against a floor: the same gradient steps in one jitted loop. Writes a run folder only
+    where --out names one."""
+
+    workload: Literal["W1", "W2", "W3", "W4"] = "W1"
+    """what is trained: see the head of experiments/speed.py"""
+    rounds: int = 20
+    """rounds that are timed"""
+    warmup: int = 1
+    """rounds before them, timed apart together with the compilation"""
+    data: Path | None = None
+    """an .npz file that prescribes records, cohorts and initial parameters; generated where it is not given"""
+    lanes: Auto | int = "auto"
+    """sites side by side on a device; "auto" measures"""
+    pairs: int = 5
+    """pairs of measurements, ours and the floor's"""
+    seeds: int = 1
+    """above 1: times also so many seeds in one program"""
+    json: bool = False
+    """print one line, a JSON object"""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "warmup", "pairs", "seeds"):
+            if getattr(self, name) < 1:
+                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        if self.lanes != "auto" and self.lanes < 1:
+            raise FlJaxError(f"lanes must be auto, or 1 or more, and is {self.lanes}.")
+        if self.resume:
+            raise FlJaxError("A measurement of speed cannot be resumed; start it anew.")
+
+    @classmethod
+    def quick_defaults(cls) -> Self:
+        return cls(quick=True, workload="W4", rounds=2)
+
+
+def run(config: Config) -> None:
+    """Measures, prints, and writes the run folder where there is one."""
+    from experiments.speed_measure import measure  # jax, which --help does without
+    from fl_jax import results
+
+    started = results.now()
+    folder = None if config.out is None else results.RunFolder.create(config.out, cli.recorded(config))
+    to_stderr = _say if sys.stderr.isatty() else _quiet
+    measured = measure(config.workload, config.rounds, config.warmup, config.data, config.lanes, config.pairs, config.seeds, to_stderr)
+    print(json.dumps({name: _number(value) for name, value in measured.items()}) if config.json else report(measured))
+    if folder is not None:
+        folder.write_summary(measured)
+        wall = (results.now() - started).total_seconds()
+        folder.record_environment(results.describe_environment(started, wall))
+
+
+def report(measured: dict[str, Any]) -> str:
+    """What was measured, in words."""
+    m = measured
+    low, high = min(m["floor_ratios"]), max(m["floor_ratios"])
+    lines = {
+        "speed": f"{m['examples_per_s']:,.0f} examples/s, {m['rounds_per_s']:.3g} rounds/s",
+        "": f"{m['rounds']} rounds of {m['examples']:,} examples in {m['seconds_steady']:.2f} s",
+        "over the floor": f"{m['floor_ratio']:.2f} ({low:.2f} to {high:.2f} in {len(m['floor_ratios'])} pairs)",
+        "floor": f"{m['floor_examples_per_s']:,.0f} examples/s ({m['floor_form']})",
+        "shape": f"{m['devices']} devices x {m['lanes']} lanes, {100 * m['wasted_steps']:.1f} % of the lanes' steps without work",
+        "before": f"{m['seconds_first']:.1f} s for the first {m['warmup']} rounds with compilation, {m['seconds_tuning']:.1f} s to choose lanes",
+        "memory": f"{m['peak_rss_mb']:,.0f} MiB at most",
+        "training": f"mean cross-entropy {m['final_train_loss']:.4f} after {m['warmup'] + m['rounds']} rounds",
+    }
+    if "seeds" in m:
+        lines["seeds"] = f"{m['seeds']} in one program take {m['seeds_ratio']:.2f} single runs"
+    return "\n".join([f"{m['workload']}: {m['title']}", *(f"  {label:<15} {text}" for label, text in lines.items())])
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def _quiet(sentence: str) -> None:
+    del sentence
+
+
+if __name__ == "__main__":
+    cli.main(run, Config)
