@@ -1,10 +1,13 @@
 """The machine that the tests run on, and the small federation that they share."""
 
 import os
+from importlib.metadata import version
 
-# The tests spend their time compiling programs that run for milliseconds: neither LLVM's optimizations nor XLA's newer emitters pay.
-FAST_COMPILATION = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FAST_COMPILATION
+# The tests spend their time compiling programs that run for milliseconds: neither LLVM's optimizations nor the newer emitters pay.
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if version("jaxlib").startswith("0.10."):  # later ones have no other emitters, and stop at a flag that they do not know
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax
 
@@ -16,10 +19,17 @@ import pytest
 from flax import linen as nn
 
 from fl_jax import models
+from fl_jax.runtime import usable_cores
 from fl_jax.types import Model, Sites
 
 SIZES = np.array([7, 1, 12, 4, 10, 6])  # a batch of 4 is larger, equal, or no divisor; no batch of one among 0, 2, 4 and 5
 FEATURES, CLASSES = 4, 3
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a worker a core that this process may use; many more would each compile what others compile."""
+    return min(usable_cores(), 8)
 
 
 class NormedNet(nn.Module):
