@@ -196,13 +196,15 @@ def test_a_round_in_which_nobody_takes_part_is_counted_and_its_loss_is_missing(w
     assert (rows["bytes_up"] == np.where(empty, 0, 3 * 32)).all() and (rows["update_norm"] > 0).equals(~empty)
 
 
-def test_a_run_is_itself_alone_without_devices_to_share_and_with_its_learning_rate_as_a_constant(whole):
+def test_a_run_is_itself_alone_in_one_block_on_one_device_with_its_learning_rate_as_a_constant(whole):
     arm = FEDAVG._replace(build=lambda _: FEDAVG.build(RATES[2]))
     before = len(traced)
-    alone = training.fit(study(mesh=None), [arm], LABELS[2:], training.seeds_of(KEYS[2:], stacked=False))["FedAvg"]
+    alone = training.fit(study(mesh=None, evaluate_every=ROUNDS), [arm], LABELS[2:], training.seeds_of(KEYS[2:], stacked=False))["FedAvg"]
     assert len(traced) - before == whole[2] > 0  # of both arms, whose metrics are one program
-    both = [select(found, seed=12).reset_index(drop=True) for found in (alone.rows, whole[1]["FedAvg"].rows)]
-    pd.testing.assert_frame_equal(*both, rtol=1e-5, atol=1e-6)
+    names = ["split", "round", "site", "metric"]
+    both = [select(found, seed=12).set_index(names).sort_index() for found in (alone.rows, whole[1]["FedAvg"].rows)]
+    pd.testing.assert_frame_equal(both[0], both[1].loc[both[0].index], rtol=1e-5, atol=1e-6)
+    assert set(both[0].reset_index()["round"]) == {1, 2, 3, 4, 5}
     other = [select(whole[1]["FedAvg"].rows, seed=seed, split="test", site="large", metric="loss")["value"].to_numpy() for seed in (10, 12)]
     assert np.abs(other[0] - other[1]).min() > 1e-3  # the same seed at another rate
 
