@@ -70,13 +70,17 @@ class Config(cli.Common):
     """the CSV's column that says which records belong together (a patient), so that they are never in two splits"""
     unseen: tuple[str, ...] = ()
     """names of the CSV's sites that take no part in training"""
+    drop: tuple[str, ...] = ()
+    """the CSV's columns that are no features, such as a number of the record"""
+    categorical: tuple[str, ...] = ()
+    """the CSV's columns whose numbers are names of categories"""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "rounds", "evaluate_every", "epochs", "batch_size", "hidden"):
             if getattr(self, name) < 1:
                 raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
-        if self.csv is None and (self.site or self.label or self.group or self.unseen):
-            raise FlJaxError("--site, --label, --group and --unseen describe a table: give it with --csv FILE.")
+        if self.csv is None and (self.site or self.label or self.group or self.unseen or self.drop or self.categorical):
+            raise FlJaxError("--site, --label, --group, --unseen, --drop and --categorical describe a table: give it with --csv FILE.")
         if self.csv is not None and not (self.site and self.label):
             raise FlJaxError("--csv needs --site COLUMN and --label COLUMN, the columns that name a record's site and its class.")
 
@@ -90,7 +94,8 @@ def datasets(config: Config) -> list[FederatedDataset]:
     """The federation of each seed: of the user's table, or the simulated hospitals."""
     if config.csv is None:
         return [simulated_hospitals(seed) for seed in range(config.seeds)]
-    table = read_table(config.csv, config.site or "", config.label or "", group=config.group)
+    table = read_table(config.csv, config.site or "", config.label or "", group=config.group, drop=config.drop,
+                       categorical=config.categorical)
     return [table.dataset(seed, test=0.4, unseen=config.unseen) for seed in range(config.seeds)]
 
 

@@ -85,14 +85,14 @@ def conclude(
     for metric in NAMES:
         console.print(by_site(results, dataset, arms, metric), "")
     console.print(costs(fits, epsilons, config), "")
+    unseen = " An unseen site has the mean over the models that the sites deploy." if dataset.unseen_names else ""
     console.print(f"Test records, after round {config.rounds}; mean ± half of the 95 % interval over {config.seeds} seeds (Student t). "
-                  "Δ: difference paired by seed, * where the interval leaves out 0. The unseen site has the mean over the models that the "
-                  "sites deploy.\n", style="dim")
+                  f"Δ: difference paired by seed, * where the interval leaves out 0.{unseen}\n", style="dim")
     console.print(Rule("Reading", align="left"))
     console.print(_bullets("•", (*reading(results, dataset, arms), *privacy_reading(results, dataset, ledgers, epsilons, config))))
     troubles = [*trouble(results, arms), *undefined(results, dataset)]
     if troubles:
-        console.print("", Rule("Mind", align="left"), _bullets("!", troubles))
+        console.print("", Rule("Take note", align="left"), _bullets("!", troubles))
 
     shown = [arm for arm in arms if arm not in ledgers]
     places = [*(("test", site) for site in ("mean", "worst", "all", *dataset.site_names)), *(("unseen", site) for site in dataset.unseen_names)]
