@@ -19,8 +19,9 @@ from fl_jax.types import Batches, Cohort, FederatedAlgorithm, Sites, Variables
 
 Build = Callable[[Engine], FederatedAlgorithm]
 CONTENDERS = 1.25  # candidates this near to the best are measured once more, side by side
-REPEATS = 3
-PROBE_SECONDS = 0.1  # a measured round should last so long, that a step of microseconds can be told from noise
+REPEATS, MANY_REPEATS = 3, 20
+PROBE_SECONDS = 0.03  # the steps that are timed should last so long, that microseconds can be told from noise
+SIDE_BY_SIDE_SECONDS = 2.0
 
 
 class Measured(NamedTuple):
@@ -70,10 +71,13 @@ def tune_lanes(
 
     _, seconds = choose_lanes(steps, cohort_size, cost, num_devices=num_devices, candidates=candidates)
     contenders = [lanes for lanes in seconds if seconds[lanes] < CONTENDERS * min(seconds.values())]
-    if len(contenders) > 1:  # a busy moment during one candidate's turn must not decide
-        for _ in range(REPEATS):
+    if len(contenders) > 1:  # a busy moment during one candidate's turn must not decide: short times in turn, and the least of many
+        begin = time.perf_counter()
+        for repeat in range(MANY_REPEATS):
             for lanes in contenders:
                 probes[lanes].measure()
+            if repeat + 1 >= REPEATS and time.perf_counter() - begin > SIDE_BY_SIDE_SECONDS:
+                break
     costs = {lanes: probe.cost() for lanes, probe in probes.items()}
     spans = {lanes: mean_span(steps, cohort_size, num_devices, lanes) for lanes in probes}
     table = tuple(Measured(lanes, *costs[lanes], round_seconds(spans[lanes], share, costs[lanes])) for lanes in sorted(probes))
@@ -102,7 +106,8 @@ class _Probe:
         self._few = min(2, max(1, longest - 1))
         self._many = min(longest, self._few + 1)
         self._seconds(1, self._few)  # compiles
-        while self._many < longest and self._seconds(1, self._many) < PROBE_SECONDS:
+        few = self._least_seconds(1, self._few)
+        while self._many < longest and self._least_seconds(1, self._many) < few + PROBE_SECONDS:
             self._many = min(2 * self._many, longest)
         self._least = np.full(3, np.inf)
         for _ in range(REPEATS):
@@ -118,6 +123,9 @@ class _Probe:
         few, many, twice = self._least
         step = max(many - few, 0.0) / (self._many - self._few) if self._many > self._few else few / self._few
         return Cost(step, max(twice - few - self._few * step, 0.0) / self._lanes)
+
+    def _least_seconds(self, sites_a_lane: int, cap: int) -> float:
+        return min(self._seconds(sites_a_lane, cap) for _ in range(REPEATS))
 
     def _seconds(self, sites_a_lane: int, cap: int) -> float:
         number = len(self._ids) // 2 * sites_a_lane

@@ -52,7 +52,7 @@ def test_known_costs_are_recovered_and_the_best_number_is_chosen(plain_model, mo
         assert row.step_seconds == pytest.approx(step(row.lanes)) and row.site_seconds == pytest.approx(0.02)
         span = mean_span(np.asarray(BATCHES.steps(sizes)), 6, 1, row.lanes)
         assert row.round_seconds == pytest.approx(span * step(row.lanes) + 6 * 0.02)
-    assert tuned.seconds == pytest.approx(machine.now) and machine.rounds < 60 * len(tuned.table)
+    assert tuned.seconds == pytest.approx(machine.now) and machine.rounds < 150 * len(tuned.table)
 
 
 def test_a_busy_moment_does_not_decide(plain_model, monkeypatch):
@@ -65,7 +65,7 @@ def test_a_busy_moment_does_not_decide(plain_model, monkeypatch):
     def build(engine):
         busy_until = machine.now + 1e9 if engine.lanes == 2 else 0.0
         machine.step = lambda lanes: quiet(lanes) * (1.2 if machine.now < busy_until and machine.rounds < machine.limit else 1.0)
-        machine.limit = machine.rounds + 14
+        machine.limit = machine.rounds + 20
         return machine.build(plain_model, engine)
 
     tuned = tuning.tune_lanes(build, NOTHING, sites_of(sizes), 4, BATCHES, candidates=[1, 2])
