@@ -20,6 +20,7 @@ def python(program: str, **environment: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
         capture_output=True,
+        check=False,
         text=True,
         timeout=120,
         env={**clean, **ON_CPU, **environment},
