@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from fl_jax import evaluation
 from fl_jax.checkpoint import Checkpoints
+from fl_jax.core import on_every_device
 from fl_jax.errors import FlJaxError
 from fl_jax.metrics import CLASSIFICATION, Metric
 from fl_jax.results.rows import OVER_SITES, evaluation_rows, round_rows
@@ -77,7 +78,7 @@ class Study(NamedTuple):
 
     splits: the data, every leaf with a leading axis (data.stack): of one data set, or of one a seed. rounds, evaluate_every: the
     metrics of all sites are measured after every so many rounds and after the last. chunk: records predicted at once. mesh: of
-    sweep.run_mesh, to share the runs out over devices.
+    sweep.run_mesh, to share the runs out over devices; an arm's own engine must then have no mesh.
     """
 
     model: Model
@@ -146,6 +147,7 @@ def fit(
     message of a round was not finite, naming the round and the sites: what was saved before stays.
     """
     _check(study, arms, seeds, runs)
+    study = study._replace(splits=on_every_device(study.splits, study.mesh))
     with tqdm(total=len(arms), desc="compiling", unit="arm", leave=False, disable=None if progress else True) as bar:
         programs, measure = _compile_arms(study, arms, runs, bar)
     with _interruptible() as stop:
