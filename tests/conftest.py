@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from hypothesis import settings
 
 from fl_jax import models
 from fl_jax.runtime import usable_cores
@@ -24,6 +25,10 @@ from fl_jax.types import Model, Sites
 
 SIZES = np.array([7, 1, 12, 4, 10, 6])  # a batch of 4 is larger, equal, or no divisor; no batch of one among 0, 2, 4 and 5
 FEATURES, CLASSES = 4, 3
+
+
+settings.register_profile("repeatable", derandomize=True, database=None)  # what fails, fails for everybody
+settings.load_profile("repeatable")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -75,7 +75,7 @@ def records(draw, num_outputs):
 
 @pytest.mark.parametrize("num_outputs", [1, 2, 3])
 def test_every_site_and_the_pool_equal_scikit_learn(num_outputs):
-    @settings(max_examples=30, deadline=None, derandomize=True)
+    @settings(max_examples=30, deadline=None)
     @given(records(num_outputs))
     def check(drawn):
         outputs, y, site, loss = drawn
@@ -122,7 +122,7 @@ def test_rare_positives_keep_their_precision():
     np.testing.assert_allclose(found["average_precision"], sklearn.metrics.average_precision_score(y, score), rtol=1e-4)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None)
 @given(records(3), st.permutations(range(NUM_ROWS)))
 def test_the_order_of_records_changes_no_bit(drawn, order):
     first, second = jax.device_get(measured(*drawn)), jax.device_get(measured(*(a[np.array(order)] for a in drawn)))
@@ -130,7 +130,7 @@ def test_the_order_of_records_changes_no_bit(drawn, order):
         np.testing.assert_array_equal(first[name], second[name])
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None)
 @given(records(1))
 def test_laws_of_auroc(drawn):
     outputs, y, site, loss = drawn
@@ -144,7 +144,7 @@ def test_laws_of_auroc(drawn):
     np.testing.assert_array_equal(best[~np.isnan(best)], 1.0)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None)
 @given(records(2), records(2))
 def test_vmap_equals_one_by_one(first, second):
     stacked = all_measured(*(np.stack(pair) for pair in zip(first, second, strict=True)))
