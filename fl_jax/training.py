@@ -224,13 +224,15 @@ def _fit_arm(
 def _compile_arms(study: Study, arms: Sequence[Arm], runs: Runs, bar: tqdm) -> tuple[list[_Program], Measure]:
     """Compiles the arms side by side: XLA compiles a program on one core, and lets go of Python meanwhile."""
     measure = jax.jit(lambda splits, outputs: each_run(partial(_measure_run, study), mesh=study.mesh)((runs.data, outputs), splits))
+    # the initial variables of a run are those of its seed, whatever the arm
+    variables = jax.jit(each_run(lambda run: study.model.init(jax.random.split(run.key)[0]), mesh=study.mesh))(runs)
     whole, rest = min(study.evaluate_every, study.rounds), study.rounds % study.evaluate_every
     lengths = {whole} | ({rest} if study.rounds > study.evaluate_every and rest else set())
 
     def compiled(arm: Arm) -> tuple[_Program, Outputs]:
         began = time.perf_counter()
-        start, rounds, num_clients, payload = _functions(study, arm, runs)
-        initial = jax.jit(each_run(start, mesh=study.mesh))(runs)
+        start, rounds, num_clients, payload = _functions(study, arm, runs, variables)
+        initial = jax.jit(each_run(start, mesh=study.mesh))((runs, variables))
         blocks: dict[int, Callable[..., tuple[State, Block]]] = {}
         for length in lengths:
             block = each_run(partial(rounds, length), mesh=study.mesh)
@@ -252,16 +254,17 @@ def _compile_arms(study: Study, arms: Sequence[Arm], runs: Runs, bar: tqdm) -> t
 
 
 def _functions(
-    study: Study, arm: Arm, runs: Runs
-) -> tuple[Callable[[Runs], State], Callable[..., tuple[State, Block]], int, tuple[int, int]]:
-    """Of one run: start (run) -> state, rounds (length, (run, state), splits) -> (state, Block); the clients, and the payload of one."""
+    study: Study, arm: Arm, runs: Runs, variables: Variables
+) -> tuple[Callable[[tuple[Runs, Variables]], State], Callable[..., tuple[State, Block]], int, tuple[int, int]]:
+    """Of one run: start (run, variables) -> state, rounds (length, (run, state), splits) -> (state, Block); the clients, and the payload of one."""
     num_clients = jax.eval_shape(lambda splits: arm.view(_row(splits, jnp.int32(0))), study.splits).train.size.shape[0]
     donors = jnp.asarray(np.unique(np.linspace(0, len(study.site_names) - 1, MAX_DONORS).round()), jnp.int32)
     payload: list[tuple[int, int]] = []
 
-    def start(run: Runs) -> State:
+    def start(row: tuple[Runs, Variables]) -> State:
+        run, variables = row
         algorithm = arm.build(run.hyper)
-        state = algorithm.init(study.model.init(jax.random.split(run.key)[0]), num_clients)
+        state = algorithm.init(variables, num_clients)
         payload.append(algorithm.payload(state))  # of shapes alone, so known while tracing
         return state
 
@@ -288,7 +291,7 @@ def _functions(
         unseen = evaluation.predict_unseen(deployed, study.model.predict, own.unseen, donors, study.chunk)
         return state, Block(ids, metrics, Outputs(predict(own.validation), predict(own.test), unseen))
 
-    jax.eval_shape(start, jax.tree.map(lambda leaf: leaf[0], runs))
+    jax.eval_shape(start, jax.tree.map(lambda leaf: leaf[0], (runs, variables)))
     return start, rounds, num_clients, payload[0]
 
 
