@@ -95,12 +95,12 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     before = len(traced)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_compile_arms", lambda *arguments: compiled.append(compile_arms(*arguments)) or compiled[-1])
+        patch.setattr(training, "compile_arms", lambda *arguments: compiled.append(compile_arms(*arguments)) or compiled[-1])
         fits = fit(BOTH, folder)
     return folder, fits, len(traced) - before
 
 
-compiled, compile_arms = [], training._compile_arms
+compiled, compile_arms = [], training.compile_arms
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def again(whole, monkeypatch):
         programs, measure = compiled[0]
         return [program for program in programs if program.name in {arm.name for arm in arms}], measure
 
-    monkeypatch.setattr(training, "_compile_arms", chosen)
+    monkeypatch.setattr(training, "compile_arms", chosen)
     return whole
 
 
