@@ -39,8 +39,7 @@ def shuffled(seed: Order, epoch: Array, position: Array) -> Array:
     """
     n = seed.num_records.astype(jnp.uint32)
     a = jnp.ceil(jnp.sqrt(n.astype(jnp.float32))).astype(jnp.uint32)
-    a = a + (a * a < n).astype(jnp.uint32)  # float32 rounding of the root
-    b = (n + a - 1) // a
+    b = (n + a - 1) // a  # a * b >= n, also where float32 rounds the root down
     salt = _hash(_hash(epoch.astype(jnp.uint32), seed.words[0]), seed.words[1])
 
     def permute(value: Array) -> Array:

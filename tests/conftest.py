@@ -3,7 +3,7 @@
 import os
 from importlib.metadata import version
 
-# The tests spend their time compiling programs that run for milliseconds: neither LLVM's optimizations nor the newer emitters pay.
+# The tests spend their time compiling programs that run for milliseconds: LLVM's optimizations and the newer emitters do not pay.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if version("jaxlib").startswith("0.10."):  # later ones have no other emitters, and stop at a flag that they do not know
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")

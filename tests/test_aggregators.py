@@ -1,4 +1,4 @@
-"""Means and medians equal numpy's; the private mean moves by at most its clip whatever a client sends, and its noise is as stated."""
+"""Means and medians equal numpy's; a private mean moves by at most its clip whatever a client sends, with noise as stated."""
 
 import dp_accounting
 import jax
@@ -16,7 +16,8 @@ from fl_jax.types import Variables
 
 KEY = jax.random.key(11)
 RNG = np.random.default_rng(0)
-MESSAGES = {"a": RNG.normal(size=(5, 3, 2)).astype(np.float32), "b": [RNG.normal(size=(5, 4)).astype(np.float32)]}  # of five clients
+# of five clients
+MESSAGES = {"a": RNG.normal(size=(5, 3, 2)).astype(np.float32), "b": [RNG.normal(size=(5, 4)).astype(np.float32)]}
 SHARED = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:]), MESSAGES)
 
 
@@ -40,7 +41,8 @@ def close(a, b, tolerance=1e-6):
 
 @pytest.mark.parametrize("weights", [[1, 1, 1, 1, 1], [3, 0, 50, 1, 7], [0, 0, 0, 0.5, 0]])
 def test_mean_is_weighted(weights):
-    close(aggregate(aggregators.mean(), weights)[0], jax.tree.map(lambda leaf: np.average(leaf, axis=0, weights=weights), MESSAGES))
+    expected = jax.tree.map(lambda leaf: np.average(leaf, axis=0, weights=weights), MESSAGES)
+    close(aggregate(aggregators.mean(), weights)[0], expected)
 
 
 @pytest.mark.parametrize("aggregator", [aggregators.mean(), aggregators.median(), aggregators.private_mean(1.0, 0.0, 5)])
@@ -53,7 +55,9 @@ def test_median_is_numpys_over_those_who_took_part(weights):
     present = np.array(weights) > 0
     expected = jax.tree.map(lambda leaf: np.median(leaf[present], axis=0), MESSAGES)
     close(aggregate(aggregators.median(), weights)[0], expected, 1e-6)
-    moved = jax.tree.map(lambda leaf: np.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 1e6).astype(np.float32), MESSAGES)
+    moved = jax.tree.map(np.copy, MESSAGES)
+    for leaf in jax.tree.leaves(moved):
+        leaf[~present] = 1e6
     close(aggregate(aggregators.median(), weights, moved)[0], expected, 1e-6)
 
 
@@ -151,8 +155,8 @@ def test_clip_and_noise_may_be_tracers():
 def test_events_and_when_the_server_acts():
     assert aggregators.private_mean(0.1, 1.5, 4).event == dp_accounting.GaussianDpEvent(1.5)
     assert aggregators.private_mean(0.1, 1.5, 4).acts_when_empty
-    for aggregator in (aggregators.mean(), aggregators.median(), aggregators.private_mean(0.1, 0.0, 4), aggregators.private_mean(0.1, 0, 4),
-                       aggregators.private_mean(0.1, np.float32(0), 4)):
+    silent = [aggregators.private_mean(0.1, multiplier, 4) for multiplier in (0.0, 0, np.float32(0))]
+    for aggregator in (aggregators.mean(), aggregators.median(), *silent):
         assert aggregator.event == dp_accounting.NonPrivateDpEvent()
     assert not aggregators.mean().acts_when_empty and not aggregators.median().acts_when_empty
 

@@ -57,7 +57,7 @@ def same(a, b):
 
 @pytest.fixture(scope="module", params=ALGORITHMS)
 def name(request) -> str:
-    """Each algorithm in turn; of this scope, so that pytest finishes with one before it begins the next, and no program is compiled twice."""
+    """Each algorithm in turn; of this scope, so that pytest finishes with one before it begins the next and compiles nothing twice."""
     return request.param
 
 
@@ -168,7 +168,8 @@ def test_what_a_site_deploys_and_what_travels(built, normed_model, name):
 def averaged(plain_model, sites):
     """What two rounds of FedAvg make of the plain model with equal weights."""
     algorithm = algorithms.fedavg(plain_model, SGD, BATCHES)
-    return two_rounds(jax.jit(algorithm.round), algorithm.init(plain_model.init(KEY), len(SIZES)), cohort_of(IDS, np.ones(4)), sites).shared
+    state = algorithm.init(plain_model.init(KEY), len(SIZES))
+    return two_rounds(jax.jit(algorithm.round), state, cohort_of(IDS, np.ones(4)), sites).shared
 
 
 @pytest.mark.parametrize("change", [

@@ -24,7 +24,8 @@ def order_of(n, key=KEY, epoch=0):
     return np.asarray(up_to_1100(key, jnp.int32(n), jnp.int32(epoch)))[:n]
 
 
-SIZES = [*range(1, 27), 31, 32, 36, 37, 49, 50, 63, 64, 65, 97, 100, 101, 121, 122, 128, 169, 255, 256, 257, 289, 290, 961, 1_000, 1_009, 1_024]
+SIZES = [*range(1, 27), 31, 32, 36, 37, 49, 50, 63, 64, 65, 97, 100, 101, 121, 122, 128, 169, 255, 256, 257, 289, 290, 961, 1_000,
+         1_009, 1_024]  # primes, squares, powers of two, and their neighbours
 
 
 def test_an_order_is_a_bijection_for_every_size():
@@ -39,7 +40,7 @@ def test_an_order_of_a_million_records_is_a_bijection():
     assert (np.bincount(found, minlength=n) == 1).all()
 
 
-@pytest.mark.parametrize("n", [2**24 + 1, 2**30 - 1, 2**30])
+@pytest.mark.parametrize("n", [2**24 + 1, 25_000_001, 2**30 - 1, 2**30])
 def test_the_largest_sites_have_distinct_records_all_over_them(n):
     position = jnp.arange(n - 4_096, n, dtype=jnp.int32)
     found = np.asarray(jax.jit(batches.shuffled)(batches.order(KEY, jnp.int32(n)), jnp.int32(0), position))
@@ -52,7 +53,8 @@ def draws(n, positions, count, over):
     position, many = jnp.asarray(positions, jnp.int32), jnp.arange(count, dtype=jnp.int32)
     if over == "seeds":
         words = jax.random.bits(KEY, (count, 2), jnp.uint32)
-        return np.asarray(jax.jit(jax.vmap(lambda w: batches.shuffled(batches.Order(w, jnp.int32(n)), jnp.int32(0), position)))(words))
+        by_seed = jax.vmap(lambda w: batches.shuffled(batches.Order(w, jnp.int32(n)), jnp.int32(0), position))
+        return np.asarray(jax.jit(by_seed)(words))
     seed = batches.order(KEY, jnp.int32(n))
     return np.asarray(jax.jit(jax.vmap(lambda epoch: batches.shuffled(seed, epoch, position)))(many))
 
@@ -149,8 +151,8 @@ def test_updates_are_the_same_for_every_site_and_go_through_its_records_in_passe
 
 
 @pytest.mark.parametrize("wrong", [
-    lambda: batches.epochs(0, 4), lambda: batches.epochs(-0.5, 4), lambda: batches.epochs(1, 0), lambda: batches.epochs(float("nan"), 4),
-    lambda: batches.updates(0, 4), lambda: batches.updates(5, -1), lambda: batches.epochs(1e-6, 4),
+    lambda: batches.epochs(0, 4), lambda: batches.epochs(-0.5, 4), lambda: batches.epochs(1, 0),
+    lambda: batches.epochs(float("nan"), 4), lambda: batches.updates(0, 4), lambda: batches.updates(5, -1), lambda: batches.epochs(1e-6, 4),
 ])
 def test_budgets_without_a_step_are_refused(wrong):
     with pytest.raises(FlJaxError, match="give|must"):

@@ -59,7 +59,8 @@ def full(sites):
     return Batch(x, y, jnp.ones(len(y)))
 
 
-@pytest.mark.parametrize("budget", [batches.epochs(2, 5), batches.epochs(1, 16), batches.updates(2, 5)], ids=["padded", "one batch", "a part"])
+@pytest.mark.parametrize("budget", [
+    batches.epochs(2, 5), batches.epochs(1, 16), batches.updates(2, 5)], ids=["padded", "one batch", "a part"])
 def test_the_loss_is_the_mean_over_the_records_seen(plain_model, plain_variables, sites, budget):
     client = clients.local_training(plain_model, gradients.plain(plain_model), optax.sgd(0.0), budget)
     _, _, (message, _, metrics) = go(client, plain_variables, sites)
@@ -112,7 +113,8 @@ def test_the_optimizer_is_fresh_in_each_round_and_is_given_the_broadcast_as_the_
         return jax.tree.map(lambda g: -g / (1.0 + count), pull), count + 1
 
     schedule = optax.GradientTransformationExtraArgs(lambda params: jnp.int32(0), update)
-    client = clients.local_training(normed_model, gradients.plain(normed_model), schedule, batches.epochs(1, 5), is_local=norms.LOCAL.is_local)
+    gradient = gradients.plain(normed_model)
+    client = clients.local_training(normed_model, gradient, schedule, batches.epochs(1, 5), is_local=norms.LOCAL.is_local)
     shared, _, (message, _, _) = go(client, normed_variables, sites)
     assert seen[0] == jax.tree.structure(shared.params)
     close(message, jax.tree.map(jnp.zeros_like, message), 0)  # the first step is at the anchor, and there it stays

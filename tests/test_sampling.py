@@ -107,7 +107,8 @@ def test_stragglers_make_at_least_one_step_of_less_than_an_epoch(sites):
 
 
 def test_dropped_stragglers_are_those_who_would_have_been_slow(sites):
-    slow, dropped = (many(sampling.with_stragglers(sampling.fixed_size(4, N), 0.5, BATCHES, 5, dropped=d), sites) for d in (False, True))
+    base = sampling.fixed_size(4, N)
+    slow, dropped = (many(sampling.with_stragglers(base, 0.5, BATCHES, 5, dropped=d), sites) for d in (False, True))
     np.testing.assert_array_equal(slow.ids, dropped.ids)
     np.testing.assert_array_equal(slow.steps != sampling.ALL_STEPS, dropped.weight == 0)
     assert (dropped.steps == sampling.ALL_STEPS).all() and ((dropped.weight == 0).sum(1) == 2).all()

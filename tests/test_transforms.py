@@ -114,7 +114,8 @@ def test_an_adaptive_server_alone_would_drive_a_variance_below_zero():
 
 
 def test_statistics_are_found_inside_larger_trees_and_missing_halves_do_no_harm():
-    shared = {"model": variables(0), "control": normal(1, PARAMS), "half": Variables({"w": None, "u": jnp.ones(2)}, {"var": None})}
+    half = Variables({"w": None, "u": jnp.ones(2)}, {"var": None})
+    shared = {"model": variables(0), "control": normal(1, PARAMS), "half": half}
     message = jax.tree.map(lambda leaf: leaf + 1, shared)
     optimizer = transforms.averaging_statistics(optax.sgd(0.25))
     updates, _ = optimizer.update(message, optimizer.init(shared), shared)

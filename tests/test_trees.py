@@ -8,7 +8,8 @@ import pytest
 from fl_jax import trees
 from fl_jax.types import Variables
 
-TREE = Variables({"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, "list": [jnp.arange(2), (jnp.float32(1),)]}, {"mean": jnp.ones(4)})
+TREE = Variables(
+    {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, "list": [jnp.arange(2), (jnp.float32(1),)]}, {"mean": jnp.ones(4)})
 TABLE = {"a": jnp.arange(20.0).reshape(5, 2, 2), "b": (jnp.arange(5), jnp.arange(5) % 2 == 0)}
 
 
@@ -21,8 +22,8 @@ def same(a, b):
 
 def test_paths_are_plain_strings():
     paths = [trees.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(TREE)]
-    assert paths == [("params", "Dense_0", "bias"), ("params", "Dense_0", "kernel"), ("params", "list", "0"), ("params", "list", "1", "0"),
-                     ("stats", "mean")]
+    assert paths == [("params", "Dense_0", "bias"), ("params", "Dense_0", "kernel"), ("params", "list", "0"),
+                     ("params", "list", "1", "0"), ("stats", "mean")]
 
 
 @pytest.mark.parametrize("predicate", [
@@ -55,7 +56,7 @@ def test_rows_repeat_in_any_order_and_the_copying_form_is_the_same():
 
 def test_rows_are_written_and_padding_is_not():
     indices = jnp.array([2, 5, 0, 99])  # of five rows: the last and the second are padding
-    values = jax.tree.map(lambda leaf: jnp.stack([leaf[4], leaf[4], leaf[1], leaf[4]]), TABLE)
+    values = jax.tree.map(lambda leaf: jnp.stack([leaf[4], leaf[1], leaf[1], leaf[3]]), TABLE)
     same(trees.set_rows(TABLE, indices, values), jax.tree.map(lambda leaf: leaf.at[2].set(leaf[4]).at[0].set(leaf[1]), TABLE))
 
 
