@@ -152,7 +152,8 @@ def test_updates_are_the_same_for_every_site_and_go_through_its_records_in_passe
 
 @pytest.mark.parametrize("wrong", [
     lambda: batches.epochs(0, 4), lambda: batches.epochs(-0.5, 4), lambda: batches.epochs(1, 0),
-    lambda: batches.epochs(float("nan"), 4), lambda: batches.updates(0, 4), lambda: batches.updates(5, -1), lambda: batches.epochs(1e-6, 4),
+    lambda: batches.epochs(float("nan"), 4),
+    lambda: batches.updates(0, 4), lambda: batches.updates(5, -1), lambda: batches.epochs(1e-6, 4),
 ])
 def test_budgets_without_a_step_are_refused(wrong):
     with pytest.raises(FlJaxError, match="give|must"):

@@ -9,7 +9,8 @@ from fl_jax import trees
 from fl_jax.types import Variables
 
 TREE = Variables(
-    {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, "list": [jnp.arange(2), (jnp.float32(1),)]}, {"mean": jnp.ones(4)})
+    {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, "list": [jnp.arange(2), (jnp.float32(1),)]},
+    {"mean": jnp.ones(4)})
 TABLE = {"a": jnp.arange(20.0).reshape(5, 2, 2), "b": (jnp.arange(5), jnp.arange(5) % 2 == 0)}
 
 
