@@ -70,7 +70,8 @@ def tune_lanes(
         return probes[lanes].cost()
 
     _, seconds = choose_lanes(steps, cohort_size, cost, num_devices=num_devices, candidates=candidates)
-    contenders = [lanes for lanes in seconds if seconds[lanes] < CONTENDERS * min(seconds.values())]
+    least = min(seconds.values())  # of tiny steps on a busy machine a slope may come out as 0 or less: the least itself always contends
+    contenders = [lanes for lanes in seconds if seconds[lanes] <= max(least, CONTENDERS * least)]
     if len(contenders) > 1:  # a busy moment during one candidate's turn must not decide: short times in turn, and the least of many
         begin = time.perf_counter()
         for repeat in range(MANY_REPEATS):
