@@ -42,12 +42,12 @@ class Results:
     def __init__(self, metrics: pd.DataFrame) -> None:
         self.metrics = metrics
         self.last = last_round(metrics)
+        by_place = self.last.sort_values("seed").groupby(["arm", "split", "site", "metric"])["value"]
+        self._values = {place: values.to_numpy() for place, values in by_place}
 
     def values(self, arm: str, split: str, site: str, metric: str) -> np.ndarray:
         """float64[S], in the order of the seeds; NaN where undefined."""
-        rows = self.last
-        rows = rows[(rows["arm"] == arm) & (rows["split"] == split) & (rows["site"] == site) & (rows["metric"] == metric)]
-        return rows.sort_values("seed")["value"].to_numpy()
+        return self._values[arm, split, site, metric]
 
     def interval(self, arm: str, split: str, site: str, metric: str) -> Interval | Missing:
         """The mean over seeds with its interval; the reason where no seed has the metric."""

@@ -16,7 +16,7 @@ from experiments.speed_workloads import Work, generate, load
 from fl_jax import algorithms, batches, core, evaluation, sampling, sweep, trees, tuning
 from fl_jax.core import Engine
 from fl_jax.results.environment import peak_memory
-from fl_jax.types import Array, Cohort, Key, PyTree, Sites, State, Variables
+from fl_jax.types import Array, Batches, Cohort, FederatedAlgorithm, Key, PyTree, Sites, State, Variables
 
 SLICE_SECONDS = 2.0  # a measurement of a pair lasts about so long, in whole rounds
 CHUNK = 100  # records predicted at once
@@ -90,11 +90,14 @@ class Rounds:
         return jax.jit(evaluate)
 
 
-def fedavg(work: Work, engine: Engine) -> Any:
+def fedavg(work: Work, engine: Engine) -> FederatedAlgorithm:
     """FedAvg as a workload prescribes it."""
-    workload = work.workload
-    local = batches.epochs(workload.epochs, workload.batch_size)
-    return algorithms.fedavg(work.model, optax.sgd(workload.learning_rate), local, engine=engine)
+    return algorithms.fedavg(work.model, optax.sgd(work.workload.learning_rate), local_batches(work), engine=engine)
+
+
+def local_batches(work: Work) -> Batches:
+    """The batches of a client's round."""
+    return batches.epochs(work.workload.epochs, work.workload.batch_size)
 
 
 def measure(
@@ -157,8 +160,8 @@ def _engine(work: Work, lanes: int | str, say: Callable[[str], None]) -> tuple[E
     if lanes != "auto":
         return Engine(int(lanes), mesh), 0.0
     say("choosing the number of lanes")
-    local = batches.epochs(work.workload.epochs, work.workload.batch_size)
-    tuned = tuning.tune_lanes(lambda engine: fedavg(work, engine), work.variables, work.sites, work.cohorts.shape[1], local, mesh)
+    cohort_size = work.cohorts.shape[1]
+    tuned = tuning.tune_lanes(lambda engine: fedavg(work, engine), work.variables, work.sites, cohort_size, local_batches(work), mesh)
     for row in tuned.table:
         say(f"  {row.lanes} lanes: a step {1e6 * row.step_seconds:,.1f} us, a site {1e6 * row.site_seconds:,.0f} us, a round "
             f"{1e3 * row.round_seconds:,.1f} ms")

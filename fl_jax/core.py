@@ -102,15 +102,21 @@ def federate(
         return client.model(state.shared, trees.row(state.clients, id))
 
     def payload(state: State) -> tuple[int, int]:
-        return trees.num_bytes(state.shared), trees.num_bytes(state.shared)
+        size = trees.num_bytes(state.shared)  # a message has the structure of what is shared
+        return size, size
 
     return FederatedAlgorithm(init, round, model, payload, aggregator.event, client.event)
 
 
-def client_mesh(num_devices: int | None = None) -> Mesh | None:
-    """A mesh over the first `num_devices` devices (all of them by default), whose axis is "clients"; None for a single device."""
+def device_mesh(axis: str, num_devices: int | None = None) -> Mesh | None:
+    """A mesh of one axis over the first `num_devices` devices (all of them by default); None for a single device."""
     devices = jax.devices()[:num_devices]
-    return jax.make_mesh((len(devices),), (CLIENTS,), axis_types=(AxisType.Auto,), devices=devices) if len(devices) > 1 else None
+    return jax.make_mesh((len(devices),), (axis,), axis_types=(AxisType.Auto,), devices=devices) if len(devices) > 1 else None
+
+
+def client_mesh(num_devices: int | None = None) -> Mesh | None:
+    """The mesh over whose devices an Engine deals the sites of a cohort: `device_mesh` with the axis "clients"."""
+    return device_mesh(CLIENTS, num_devices)
 
 
 def on_every_device(tree: PyTree, mesh: Mesh | None) -> PyTree:
@@ -248,9 +254,10 @@ def _nothing(client: Client, aggregator: Aggregator, key: Key, shared: PyTree, a
     """The zero that a device starts from, shaped as the client and the aggregator prescribe."""
     kept = trees.row(tasks.kept, jnp.int32(0))
     message, _, reports = jax.eval_shape(client.end, carry, shared, kept)
-    if str(jax.tree.structure(message)) != str(jax.tree.structure(shared)):
-        raise TypeError(f"a client's message must have the structure of what is shared: {jax.tree.structure(message)} is not "
-                        f"{jax.tree.structure(shared)}")
+    given: Any = jax.tree.structure(message)  # the stubs leave open whether a structure can be compared
+    expected: Any = jax.tree.structure(shared)
+    if given != expected:
+        raise TypeError(f"a client's message must have the structure of what is shared: {given} is not {expected}")
     summand = jax.eval_shape(aggregator.lift, key, aggregate, jnp.float32(0), message)
     cohort = tasks.id.shape[0]
     lead = (cohort,) if aggregator.stacked else ()

@@ -66,6 +66,7 @@ class Study(NamedTuple):
     metrics: Mapping[str, Metric] = CLASSIFICATION
     mesh: Mesh | None = None
 
+
 class Block(NamedTuple):
     """What a block of T rounds hands on: cohort ids [S, T, c], the rounds' metrics, and the outputs of what sites deploy after them."""
 
@@ -95,6 +96,7 @@ def seeds_of(seeds: Sequence[int], *, stacked: bool) -> Runs:
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     return Runs(keys, jnp.arange(len(seeds), dtype=jnp.int32) if stacked else jnp.zeros(len(seeds), jnp.int32))
 
+
 Measure = Callable[[Splits, Outputs], Measured]
 
 
@@ -108,13 +110,18 @@ class Program(NamedTuple):
     blocks: dict[int, Callable[..., tuple[State, Block]]]
     compile_seconds: float
 
+
+def block_length(study: Study, done: int) -> int:
+    """How many rounds the block has that begins after `done` of them."""
+    return min(study.evaluate_every, study.rounds - done)
+
+
 def compile_arms(study: Study, arms: Sequence[Arm], runs: Runs, bar: tqdm) -> tuple[list[Program], Measure]:
     """Compiles the arms side by side: XLA compiles a program on one core, and lets go of Python meanwhile."""
     measure = jax.jit(lambda splits, outputs: each_run(partial(_measure_run, study), mesh=study.mesh)((runs.data, outputs), splits))
     # the initial variables of a run are those of its seed, whatever the arm
     variables = jax.jit(each_run(lambda run: study.model.init(jax.random.split(run.key)[0]), mesh=study.mesh))(runs)
-    whole, rest = min(study.evaluate_every, study.rounds), study.rounds % study.evaluate_every
-    lengths = {whole} | ({rest} if study.rounds > study.evaluate_every and rest else set())
+    lengths = {block_length(study, done) for done in range(0, study.rounds, study.evaluate_every)}
 
     def compiled(arm: Arm) -> tuple[Program, Outputs]:
         began = time.perf_counter()

@@ -1,11 +1,11 @@
 """Which site steps where: dealing a cohort to devices, and choosing the number of lanes by a cost model.
 
-A device steps L sites side by side, in L lanes; a lane takes the next site of the device's queue as soon as its own has ended. Both
-functions here know nothing of models or algorithms.
+A device steps L sites side by side, in L lanes; a lane takes the next site of the device's queue as soon as its own has ended. Nothing
+here knows of models or algorithms.
 """
 
 from collections.abc import Callable, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import jax
@@ -56,7 +56,6 @@ def makespan(steps: Sequence[int] | np.ndarray, num_devices: int, lanes: int) ->
     longest = 0
     for queue in queues:
         ends = [0] * lanes
-        heapify(ends)
         for length in queue:
             heappush(ends, heappop(ends) + length)
         longest = max(longest, *ends)

@@ -10,18 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from fl_jax import trees
+from fl_jax.core import device_mesh
 from fl_jax.types import PyTree
 
 RUNS = "runs"  # the mesh axis over which runs are dealt
 
 
 def run_mesh(num_devices: int | None = None) -> Mesh | None:
-    """A mesh over the first `num_devices` devices (all of them by default), whose axis is "runs"; None for a single device."""
-    devices = jax.devices()[:num_devices]
-    return jax.make_mesh((len(devices),), (RUNS,), axis_types=(AxisType.Auto,), devices=devices) if len(devices) > 1 else None
+    """The mesh over whose devices `each_run` deals its rows: `core.device_mesh` with the axis "runs"."""
+    return device_mesh(RUNS, num_devices)
 
 
 def each_run(run: Callable[..., PyTree], *, mesh: Mesh | None = None, side_by_side: bool | None = None) -> Callable[..., PyTree]:

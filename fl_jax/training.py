@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fl_jax.checkpoint import Checkpoints
 from fl_jax.core import on_every_device
 from fl_jax.errors import FlJaxError
-from fl_jax.programs import Arm, Block, Measure, Measured, Program, Runs, Study, compile_arms, seeds_of
+from fl_jax.programs import Arm, Block, Measure, Measured, Program, Runs, Study, block_length, compile_arms, seeds_of
 from fl_jax.results.rows import OVER_SITES, evaluation_rows, round_rows
 from fl_jax.results.run_folder import MetricRow, RunFolder, frame
 from fl_jax.types import Metrics, State
@@ -40,6 +40,7 @@ class Fit(NamedTuple):
     payload: tuple[int, int]
     seconds: float
     compile_seconds: float
+
 
 def fit(
     study: Study, arms: Sequence[Arm], seeds: Sequence[int], runs: Runs, *,
@@ -77,13 +78,14 @@ def _check(study: Study, arms: Sequence[Arm], seeds: Sequence[int], runs: Runs) 
     if not len(seeds) == runs.key.shape[0] == runs.data.shape[0]:
         raise FlJaxError(f"there are {len(seeds)} seeds for {runs.key.shape[0]} keys and {runs.data.shape[0]} data sets: give each run one.")
 
+
 def _fit_arm(
     study: Study, arm: Program, measure: Measure, seeds: Sequence[int], runs: Runs, stop: threading.Event,
     folder: RunFolder | None, resume: bool, progress: bool,
 ) -> Fit:
     with contextlib.ExitStack() as stack:
         began = time.perf_counter()
-        state, done, rows = arm.initial, 0, frame([])
+        state, done, rows = arm.initial, 0, [frame([])]
         checkpoints = None
         if folder is not None:
             checkpoints = stack.enter_context(Checkpoints(folder.path / "checkpoints" / _folder_name(arm.name), folder.config))
@@ -91,12 +93,12 @@ def _fit_arm(
                 found = checkpoints.restore_latest(state)
                 done, state = (found[0], found[1]) if found is not None else (0, state)
                 folder.truncate_after(arm.name, done)
-                rows = folder.metrics()
-                rows = rows[rows["arm"] == arm.name]
+                before = folder.metrics()
+                rows.append(before[before["arm"] == arm.name])
         bar = stack.enter_context(tqdm(
             total=study.rounds, initial=done, desc=arm.name, unit="round", leave=False, disable=None if progress else True))
         while done < study.rounds:
-            length = min(study.evaluate_every, study.rounds - done)
+            length = block_length(study, done)
             state, block = arm.blocks[length](runs, study.splits, state)
             measured = measure(study.splits, block.outputs)
             block, measured = jax.device_get((block, measured))
@@ -106,12 +108,13 @@ def _fit_arm(
             if folder is not None and checkpoints is not None:
                 folder.append_metrics(new)
                 checkpoints.save(done, state, {"arm": arm.name, "rounds": study.rounds})
-            rows = pd.concat([rows, frame(new)], ignore_index=True)
+            rows.append(frame(new))
             bar.update(length)
             if stop.is_set():
                 kept = f"; it is saved in {folder.path} and can be resumed" if folder is not None else ""
                 raise KeyboardInterrupt(f"stopped after round {done} of {study.rounds} of {arm.name}{kept}.")
-    return Fit(rows, state, arm.payload, time.perf_counter() - began, arm.compile_seconds)
+    return Fit(pd.concat(rows, ignore_index=True), state, arm.payload, time.perf_counter() - began, arm.compile_seconds)
+
 
 def _block_rows(
     study: Study, arm: Program, seeds: Sequence[int], done: int, block: Block, measured: Measured

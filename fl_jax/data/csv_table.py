@@ -4,7 +4,7 @@ import csv
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -32,6 +32,17 @@ class ParsedCsv(NamedTuple):
     label: np.ndarray
     class_names: tuple[str, ...]
     group: np.ndarray | None
+
+
+class CsvOptions(TypedDict, total=False):
+    """What `parse_csv` takes by keyword, and those who call it pass on."""
+
+    group: str | None
+    drop: Sequence[str]
+    categorical: Sequence[str]
+    missing: Collection[str]
+    max_levels: int
+    delimiter: str
 
 
 def parse_csv(

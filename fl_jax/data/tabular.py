@@ -4,14 +4,15 @@ Which features there are (columns, levels, flags) is read from the whole file; e
 modes, means, standard deviations) is computed from training records only, of the sites that train.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from fl_jax.data.arrays import from_arrays
-from fl_jax.data.csv_table import MISSING, ParsedCsv, parse_csv
+from fl_jax.data.csv_table import CsvOptions, ParsedCsv, parse_csv
 from fl_jax.data.federated import FederatedDataset
 from fl_jax.data.records import Records
 from fl_jax.data.standardize import Statistics, pooled_statistics, standardize_features
@@ -116,31 +117,9 @@ class Table:
         return [features[r] for r in rows], tuple(names), numeric
 
 
-def read_table(
-    path: str | Path,
-    site: str,
-    label: str,
-    *,
-    group: str | None = None,
-    drop: Sequence[str] = (),
-    categorical: Sequence[str] = (),
-    missing: Collection[str] = MISSING,
-    max_levels: int = 50,
-    delimiter: str = ",",
-) -> Table:
+def read_table(path: str | Path, site: str, label: str, **options: Unpack[CsvOptions]) -> Table:
     """Parse a CSV file once for many seeds: `read_table(...).dataset(seed)`. Arguments and errors are those of `parse_csv`."""
-    parsed = parse_csv(
-        path,
-        site,
-        label,
-        group=group,
-        drop=drop,
-        categorical=categorical,
-        missing=missing,
-        max_levels=max_levels,
-        delimiter=delimiter,
-    )
-    return Table(Path(path).name, parsed)
+    return Table(Path(path).name, parse_csv(path, site, label, **options))
 
 
 def read_csv(
@@ -148,31 +127,16 @@ def read_csv(
     site: str,
     label: str,
     *,
-    group: str | None = None,
     seed: int | np.random.Generator = 0,
     validation: float = 0.2,
     test: float = 0.2,
     unseen: Sequence[str] = (),
     statistics: Statistics = pooled_statistics,
-    drop: Sequence[str] = (),
-    categorical: Sequence[str] = (),
-    missing: Collection[str] = MISSING,
-    max_levels: int = 50,
-    delimiter: str = ",",
+    **options: Unpack[CsvOptions],
 ) -> FederatedDataset:
     """One data set from a CSV file: `read_table` and `Table.dataset` in one call.
 
     site, label, group: names of columns; with group (a patient's number) no group is in two splits.
     """
-    table = read_table(
-        path,
-        site,
-        label,
-        group=group,
-        drop=drop,
-        categorical=categorical,
-        missing=missing,
-        max_levels=max_levels,
-        delimiter=delimiter,
-    )
+    table = read_table(path, site, label, **options)
     return table.dataset(seed, validation=validation, test=test, unseen=unseen, statistics=statistics)
