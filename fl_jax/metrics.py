@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from fl_jax.errors import FlJaxError
 from fl_jax.ranks import Ranks, rank
-from fl_jax.types import Array, PyTree
+from fl_jax.types import Array, PyTree, Survival
 
 
 class Predictions(NamedTuple):
@@ -77,10 +77,13 @@ def measure(metrics: Mapping[str, Metric], predictions: Predictions) -> dict[str
 
 
 def counts(predictions: Predictions) -> dict[str, Array]:
-    """What explains a missing metric, each int32[N]: "records", "not_finite" and, if y is a class, "classes" (present there)."""
+    """What explains a missing metric, each int32[N]: "records", "not_finite"; if y is a class, "classes" (present there); if y is a
+    Survival, "comparable" (records that outlived a site's first event)."""
     result = {"records": predictions.num_records, "not_finite": predictions.not_finite}
     if _is_class(predictions.y):
         result["classes"] = jnp.sum(_class_counts(predictions, jnp.ones_like(predictions.site)) > 0, axis=-1, dtype=jnp.int32)
+    if isinstance(predictions.y, Survival):
+        result["comparable"] = _count(_outlived_first_event(predictions), predictions.site, predictions.num_sites)
     return result
 
 
@@ -94,6 +97,8 @@ def why_undefined(value: float, counts_of_site: Mapping[str, int]) -> str:
         return "predictions are not finite"
     if counts_of_site.get("classes") == 1:
         return "one class only"
+    if counts_of_site.get("comparable") == 0:
+        return "no admissible pair"
     return "undefined for these records"
 
 
@@ -224,6 +229,14 @@ def _mean_where(where: Array, values: Array) -> Array:
 def _where_measured(predictions: Predictions, values: Array) -> Array:
     """NaN at sites without records, and at sites where a prediction is not finite: a model that has diverged has no score."""
     return jnp.where((predictions.num_records > 0) & (predictions.not_finite == 0), values, jnp.nan)
+
+
+def _outlived_first_event(predictions: Predictions) -> Array:
+    """bool[R]: seen after the first event of the own site. Where nobody was, no two records can be compared."""
+    time, event = predictions.y.time, predictions.y.event > 0
+    first = jax.ops.segment_min(jnp.where(event, time, jnp.inf), predictions.site, predictions.num_sites)
+    first = jnp.append(first, jnp.inf)[predictions.site]
+    return (time > first) | ((time == first) & ~event)
 
 
 def _is_class(y: PyTree) -> bool:

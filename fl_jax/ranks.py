@@ -31,15 +31,7 @@ class Ranks(NamedTuple):
 
     def sum_of_positives(self, values: Array) -> Array:
         """The sums of values in [0, 2**32), whole numbers of shape [R], over the positive records of each site: float32[N]."""
-        values = jnp.where(self.positive > 0, values, 0).astype(jnp.uint32)
-        # 32 bits cannot hold the sum, so each value is cut into digits small enough that R of them fit; a site's sum of a digit
-        # is the difference of two running totals.
-        bits = 32 - values.shape[0].bit_length()
-        total = jnp.zeros(self.begin.shape, jnp.float32)
-        for shift in range(0, 32, bits):
-            running = _running_total((values >> shift) & jnp.uint32(2**bits - 1))
-            total += (running[self.end] - running[self.begin]).astype(jnp.float32) * 2.0**shift
-        return total
+        return sums_of_spans(jnp.where(self.positive > 0, values, 0), self.begin, self.end)
 
 
 def rank(score: Array, positive: Array, site: Array, num_records: Array) -> Ranks:
@@ -97,6 +89,19 @@ def sorted_stably(order: Array, key: Array, key_bits: int) -> Array:
         packed = (key[order] >> shift) << position_bits | position  # what the shift to the left pushes out is the next digit
         order = order[jax.lax.sort(packed, is_stable=False) & jnp.uint32(2**position_bits - 1)]
     return order
+
+
+def sums_of_spans(values: Array, begin: Array, end: Array) -> Array:
+    """The sums of values in [0, 2**32), whole numbers of shape [R], over the rows begin : end (int32[N]) of each span: float32[N]."""
+    values = values.astype(jnp.uint32)
+    # 32 bits cannot hold the sum, so each value is cut into digits small enough that R of them fit; a span's sum of a digit is the
+    # difference of two running totals.
+    bits = 32 - values.shape[0].bit_length()
+    total = jnp.zeros(begin.shape, jnp.float32)
+    for shift in range(0, 32, bits):
+        running = _running_total((values >> shift) & jnp.uint32(2**bits - 1))
+        total += (running[end] - running[begin]).astype(jnp.float32) * 2.0**shift
+    return total
 
 
 def _running_total(values: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from fl_jax.models.architectures import (
     FedAvgCNN,
+    LinearCox,
     LogisticRegression,
     PflCifarCNN,
     ResidualBlock,
@@ -14,12 +15,21 @@ from fl_jax.models.architectures import (
 from fl_jax.models.bridge import bridge, images_uint8, owner
 from fl_jax.models.convolution import cpu_convolution, default_convolution, im2col, minimal_filtering, xla_convolution
 from fl_jax.models.layers import Conv, max_pool
-from fl_jax.models.losses import Loss, masked_mean, per_record, sigmoid_cross_entropy, softmax_cross_entropy, squared_error
+from fl_jax.models.losses import (
+    Loss,
+    cox_partial_likelihood,
+    masked_mean,
+    per_record,
+    sigmoid_cross_entropy,
+    softmax_cross_entropy,
+    squared_error,
+)
 from fl_jax.models.nnx import bridge_nnx
 
 __all__ = [
     "Conv",
     "FedAvgCNN",
+    "LinearCox",
     "LogisticRegression",
     "Loss",
     "PflCifarCNN",
@@ -30,6 +40,7 @@ __all__ = [
     "batch_norm",
     "bridge",
     "bridge_nnx",
+    "cox_partial_likelihood",
     "cpu_convolution",
     "default_convolution",
     "group_norm",

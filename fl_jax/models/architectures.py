@@ -36,6 +36,19 @@ class LogisticRegression(nn.Module):
         return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
 
 
+class LinearCox(nn.Module):
+    """The linear proportional hazards model (Cox 1972): x [B, ...], flattened -> log hazards [B, 1], up to a constant.
+
+    No bias, since the partial likelihood (losses.cox_partial_likelihood) does not see one.
+    """
+
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.Dense(1, use_bias=False, kernel_init=self.kernel_init)(x.reshape(x.shape[0], -1))
+
+
 class TwoNN(nn.Module):
     """The "2NN": two hidden layers of 200 ReLU units (McMahan et al. 2017, arXiv 1602.05629, section 3).
 

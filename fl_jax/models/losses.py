@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fl_jax.errors import FlJaxError
-from fl_jax.types import Array, PyTree
+from fl_jax.types import Array, PyTree, Survival
 
 
 class Loss(NamedTuple):
@@ -67,6 +67,20 @@ def _squared_error(outputs: Array, y: Array) -> Array:
     return jnp.mean((outputs - y) ** 2, axis=tuple(range(1, outputs.ndim)))
 
 
+def _cox_partial_likelihood(outputs: Array, y: Survival, mask: Array) -> Array:
+    if not isinstance(y, Survival) or outputs.ndim != 2 or outputs.shape[1] != 1:
+        raise FlJaxError(
+            f"cox_partial_likelihood takes one risk a record, [B, 1], and y = fl_jax.types.Survival(time, event); it was given "
+            f"{outputs.shape} and {type(y).__name__}."
+        )
+    active = mask > 0
+    risk = jnp.where(active, outputs[:, 0], 0)
+    at_risk = (y.time[None, :] >= y.time[:, None]) & active[None, :]  # row i: who is still seen at the time of record i
+    at_risk |= jnp.eye(risk.shape[0], dtype=bool)  # nobody is at risk at the time of a padding row, and the logarithm of 0 has no gradient
+    loss = jax.nn.logsumexp(jnp.broadcast_to(risk, at_risk.shape), axis=1, where=at_risk) - risk
+    return masked_mean(jnp.where(y.event > 0, loss, 0), mask)
+
+
 softmax_cross_entropy = per_record(_softmax_cross_entropy)
 """Multinomial cross-entropy in nats: logits [B, K], integer labels [B]. A label outside [0, K) gives NaN."""
 
@@ -75,3 +89,13 @@ sigmoid_cross_entropy = per_record(_sigmoid_cross_entropy)
 
 squared_error = per_record(_squared_error)
 """Squared error: outputs [B, K], targets [B, K], or [B] where K = 1; the mean over the K outputs, without a factor 1/2."""
+
+cox_partial_likelihood = Loss(_cox_partial_likelihood, None)
+"""Cox's negative log partial likelihood of a batch (Cox 1972, "Regression models and life-tables"), in nats: risks (log hazards)
+[B, 1], y a Survival of [B].
+
+The mean over *all* unmasked records, of logsumexp(risks of those at risk) - risk at an event and of 0 where censored: with few
+events the loss is small, and without one it is 0 with gradient 0. At risk is whoever's time is not below that of the event, in
+this batch only: Breslow's way with ties (1974, "Covariance analysis of censored survival data"), which does not depend on the order of
+the records. FLamby's Fed-TCGA-BRCA has the same loss but for ties: there the record that comes first in the batch does not see those
+of the same time behind it. Memory: [B, B]."""
