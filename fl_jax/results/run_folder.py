@@ -4,6 +4,7 @@ config.json       what was asked for, written once
 environment.json  a list: one entry for each process that worked on the run
 metrics.csv       long format, one row per arm, seed, round, split, site and metric
 summary.json      what came out
+claims.json       of a study that reproduces published results: what it claims, and whether that holds
 figures/*.png
 
 A run that is killed and resumed ends with exactly the rows of one that was not: `RunFolder.truncate_after` drops what lies
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 
 from fl_jax.errors import FlJaxError
 from fl_jax.files import check_config, disk_errors, jsonable, read_json, write_atomically, write_json
+from fl_jax.results.claims import CLAIMS, Verdict, write_claims
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY, FIGURES = "config.json", "environment.json", "metrics.csv", "summary.json", "figures"
 _DOTS_PER_INCH = 200
@@ -221,6 +223,10 @@ class RunFolder:
         """Write (or replace) summary.json. Raises FlJaxError for what JSON cannot hold."""
         with disk_errors(f"write {self.path / SUMMARY}"):
             write_json(self.path / SUMMARY, summary)
+
+    def write_claims(self, verdicts: Iterable[Verdict]) -> None:
+        """Write (or replace) claims.json."""
+        write_claims(self.path / CLAIMS, verdicts)
 
     def save_figure(self, name: str, figure: Figure) -> Path:
         """Save a figure as figures/{name}.png at 200 dots per inch; returns its path."""

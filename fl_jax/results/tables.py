@@ -31,6 +31,13 @@ class Missing(NamedTuple):
     reason: str
 
 
+class Noted(NamedTuple):
+    """A value that is there, with something to be said of it in a footnote ("" for nothing)."""
+
+    value: Any
+    note: str
+
+
 class Column(NamedTuple):
     """A column: the key of its values in a row, its heading, how a value becomes text, and whether it is aligned to the right.
 
@@ -167,7 +174,7 @@ def comparison_table(rows: pd.DataFrame | Iterable[Mapping[str, Any]], columns: 
     """A Table of rows (dicts, or a DataFrame) with the given columns, in their order.
 
     A value that is missing (not there, None, NaN, Missing, or an Interval of no values) is a dash; the reason, if it is known, is
-    a footnote that equal reasons share. Raises FlJaxError for a DataFrame that lacks a column, and for no columns.
+    a footnote that equal reasons share, and so is what is said of a Noted value. Raises FlJaxError for a DataFrame that lacks a column, and for no columns.
     """
     if not columns:
         raise FlJaxError("A table without columns shows nothing; give at least one Column.")
@@ -180,14 +187,14 @@ def comparison_table(rows: pd.DataFrame | Iterable[Mapping[str, Any]], columns: 
 
     def cell(row: Mapping[str, Any], column: Column) -> str:
         value = row.get(column.key)
-        if not _is_missing(value):
-            return column.format(value)
-        reason = _reason(value)
-        if not reason:
-            return MISSING
-        if reason not in notes:
-            notes.append(reason)
-        return f"{MISSING}{_superscript(notes.index(reason) + 1)}"
+        value, note = value if isinstance(value, Noted) else (value, "")
+        if _is_missing(value):
+            text, note = MISSING, note or _reason(value)
+        else:
+            text = column.format(value)
+        if note and note not in notes:
+            notes.append(note)
+        return f"{text}{_superscript(notes.index(note) + 1)}" if note else text
 
     cells = tuple(tuple(cell(row, column) for column in columns) for row in rows)
     return Table(tuple(columns), cells, tuple(notes), title)

@@ -1,0 +1,92 @@
+"""What `experiments.reproduce` knows of a study before it runs: its claims, its data, and the code that decides its numbers."""
+
+import ast
+import hashlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import fl_jax
+from experiments.config import Common
+from fl_jax.errors import FlJaxError
+from fl_jax.results.claims import Claim
+
+STUDIES: tuple[str, ...] = ()
+"""The studies, modules of experiments, in the order in which they run: the short ones first."""
+
+
+class Reproduction(NamedTuple):
+    """The attribute REPRODUCTION of a study's module, beside its `Config` and `run`.
+
+    claims: (config) -> what the study is to show, in its full or its quick form; `run` judges exactly these and writes the verdicts to its
+    run folder (RunFolder.write_claims). datasets: the published data sets that it needs. gpu: its full form takes too long on a CPU.
+    """
+
+    claims: Callable[[Any], Sequence[Claim]]
+    datasets: tuple[str, ...] = ()
+    gpu: bool = False
+
+
+class Study(NamedTuple):
+    """A study by its name: `python -m experiments.NAME`."""
+
+    name: str
+    reproduction: Reproduction
+    config: type[Common]
+
+
+def study(name: str) -> Study:
+    """Raises FlJaxError for a name that is none of STUDIES."""
+    if name not in STUDIES:
+        raise FlJaxError(f"{name!r} is no study that reproduces a published result: choose from {', '.join(STUDIES)}.")
+    module = cast(Any, importlib.import_module(f"experiments.{name}"))
+    return Study(name, module.REPRODUCTION, module.Config)
+
+
+def code_of(name: str) -> str:
+    """A digest, hex, of the code that decides a study's numbers: all of fl_jax, and what the study imports of experiments.
+
+    Comments, docstrings and layout do not count: a better sentence costs no run of hours.
+    """
+    library, experiments = Path(fl_jax.__file__).parent, Path(__file__).parent
+    files = {file.relative_to(library.parent).as_posix(): file for file in library.rglob("*.py")}
+    files |= {f"experiments/{module}.py": experiments / f"{module}.py" for module in _imported(name, experiments)}
+    digest = hashlib.sha256()
+    for path, file in sorted(files.items()):
+        digest.update(f"{path}\0{_meaning(file.read_text())}\0".encode())
+    return digest.hexdigest()
+
+
+def _imported(name: str, experiments: Path) -> set[str]:
+    """The modules of experiments that one of them imports, itself and what these import included."""
+    found, waiting = set(), [name]
+    while waiting:
+        module = waiting.pop()
+        if module not in found and (experiments / f"{module}.py").is_file():
+            found.add(module)
+            waiting += _imports(ast.parse((experiments / f"{module}.py").read_text()))
+    return found
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "experiments":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("experiments."):
+            yield (node.module or "").removeprefix("experiments.")
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("experiments.") for alias in node.names if alias.name.startswith("experiments."))
+
+
+def _meaning(source: str) -> str:
+    """A module's code without comments, layout and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [part for part in node.body if not _is_text(part)]
+    return ast.dump(tree)
+
+
+def _is_text(part: ast.stmt) -> bool:
+    return isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) and isinstance(part.value.value, str)
