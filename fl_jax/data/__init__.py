@@ -1,8 +1,10 @@
 """Federated data sets: the type, ways to get one (arrays, CSV, partitions, simulated hospitals), and what is in it."""
 
 from fl_jax.data.arrays import from_arrays
+from fl_jax.data.catalog import ensure_prepared
 from fl_jax.data.csv_table import parse_csv
 from fl_jax.data.describe import class_counts, describe, site_class_counts
+from fl_jax.data.federate import federate
 from fl_jax.data.federated import FederatedDataset, hold_out, pooled_train, stack
 from fl_jax.data.hospitals import simulated_hospitals
 from fl_jax.data.partition import (
@@ -16,9 +18,14 @@ from fl_jax.data.partition import (
     shards,
 )
 from fl_jax.data.plots import label_distribution
+from fl_jax.data.prepared import DataMissing
 from fl_jax.data.records import Records, no_records
 from fl_jax.data.shift import Calibration, calibrate, draw_calibration, shift_features
-from fl_jax.data.sklearn_sources import Source, breast_cancer, digits
+from fl_jax.data.sklearn_sources import breast_cancer, digits
+from fl_jax.data.source import Source
+from fl_jax.data.sources.heart_disease import fed_heart_disease
+from fl_jax.data.sources.idx_images import fashion_mnist, mnist
+from fl_jax.data.sources.tcga_brca import fed_tcga_brca
 from fl_jax.data.split import split_records
 from fl_jax.data.standardize import (
     as_measured,
@@ -30,6 +37,7 @@ from fl_jax.data.tabular import Table, read_csv, read_table
 
 __all__ = [
     "Calibration",
+    "DataMissing",
     "FederatedDataset",
     "Records",
     "Source",
@@ -45,10 +53,16 @@ __all__ = [
     "dirichlet_per_class",
     "dirichlet_per_client",
     "draw_calibration",
+    "ensure_prepared",
+    "fashion_mnist",
+    "fed_heart_disease",
+    "fed_tcga_brca",
+    "federate",
     "from_arrays",
     "hold_out",
     "iid",
     "label_distribution",
+    "mnist",
     "no_records",
     "parse_csv",
     "pooled_statistics",

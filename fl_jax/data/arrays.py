@@ -23,7 +23,7 @@ def from_arrays(
     name: str = "arrays",
     seed: int | np.random.Generator = 0,
     validation: float = 0.2,
-    test: float = 0.2,
+    test: float | np.ndarray = 0.2,
     group: Sequence | np.ndarray | None = None,
     label: np.ndarray | None = None,
     unseen: Sequence[str] = (),
@@ -39,15 +39,18 @@ def from_arrays(
     x, y: arrays (or lists of numbers) or pytrees of them, [R, ...]. site: integer or string [R], the site of each record (a
     natural partition, or the result of one of fl_jax.data.partition); sites are ordered by name. site_names: names for integer
     sites 0, 1, ...
-    validation, test: fractions of every site's records for validation and test. group: [R], e.g. the patient of each record: no
-    group is in two splits, nor in training and at an unseen site. unseen: names of sites to hold out whole.
+    validation, test: fractions of every site's records for validation and test; where the source says which records are for
+    testing, test is bool[R], and validation a fraction of the others. group: [R], e.g. the patient of each record: no group is in
+    two splits, nor in training and at an unseen site. unseen: names of sites to hold out whole.
     num_classes: None finds it for integer y [R] (largest label + 1); 0 says that y is no class. label: int[R] from 0 to stratify
-    the splits by, None for y itself where it is one class per record. Raises FlJaxError for lengths that differ, unknown names
-    and what FederatedDataset refuses.
+    the splits by, None for y itself where it is one class per record. Raises FlJaxError for lengths that differ, unknown names, a
+    group of which only a part is given for testing, and what FederatedDataset refuses.
     """
     x, y = (jax.tree.map(np.asarray, tree, is_leaf=lambda node: isinstance(node, list)) for tree in (x, y))
     code, names = by_column(site)
-    for path, leaf in jax.tree.leaves_with_path({"x": x, "y": y, "group": code if group is None else np.asarray(group)}):
+    given = None if np.ndim(test) == 0 else np.asarray(test, bool)
+    columns = {"x": x, "y": y, "group": code if group is None else np.asarray(group), "test": code if given is None else given}
+    for path, leaf in jax.tree.leaves_with_path(columns):
         if not leaf.ndim or len(leaf) != len(code):
             raise FlJaxError(
                 f"There are {len(code)} sites of records, but {jax.tree_util.keystr(path, simple=True)} has the shape "
@@ -69,14 +72,21 @@ def from_arrays(
         label = y
     rng = np.random.default_rng(seed)
     held_out = np.isin(code, [names.index(u) for u in unseen])
-    split = split_records(
+    free = np.ones(len(code), bool) if given is None else ~given
+    if given is not None and group is not None and (both := np.isin(columns["group"], columns["group"][given]) & free).any():
+        raise FlJaxError(
+            f"Group '{columns['group'][both][0]}' of data set '{name}' has records for testing and others: give all of its records for "
+            "testing, or none."
+        )
+    split = np.full(len(code), TEST, np.int8)
+    split[free] = split_records(
         rng,
-        code,
+        code[free],
         validation=validation,
-        test=test,
-        label=label,
-        group=None if group is None else np.asarray(group),
-        test_only=held_out,
+        test=float(test) if given is None else 0.0,
+        label=None if label is None else label[free],
+        group=None if group is None else columns["group"][free],
+        test_only=held_out[free],
     )
     split[held_out] = _UNSEEN
     seen_names = tuple(n for n in names if n not in unseen)

@@ -1,19 +1,8 @@
 """Two real data sets that come with scikit-learn, without a download: raw records with names, not yet distributed to sites."""
 
-from typing import NamedTuple
-
 import numpy as np
 
-
-class Source(NamedTuple):
-    """Records before they are dealt to sites: x [R, ...], y int32[R], and the names of classes and features."""
-
-    name: str
-    x: np.ndarray
-    y: np.ndarray
-    class_names: tuple[str, ...]
-    feature_names: tuple[str, ...]
-    notes: tuple[str, ...]
+from fl_jax.data.source import Source
 
 
 def breast_cancer() -> Source:

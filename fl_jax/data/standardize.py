@@ -20,22 +20,22 @@ Statistics = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 site, and a last one for sites that have no training records."""
 
 
-def pooled_statistics(values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One mean and standard deviation for all sites, over all training records."""
+def pooled_statistics(values: np.ndarray, offsets: np.ndarray, *, ddof: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """One mean and standard deviation for all sites, over all training records; ddof as for numpy.std."""
     num_sites = len(offsets) - 1
-    return np.tile(values.mean(0), (num_sites + 1, 1)), np.tile(values.std(0), (num_sites + 1, 1))
+    return np.tile(values.mean(0), (num_sites + 1, 1)), np.tile(values.std(0, ddof=ddof), (num_sites + 1, 1))
 
 
-def site_statistics(values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def site_statistics(values: np.ndarray, offsets: np.ndarray, *, ddof: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Each site's own mean and standard deviation; sites without training records get those over all training records.
 
     This removes any shift in gain and offset between sites, and what their patients truly differ in along with it. A site of
-    one record has its features at 0.
+    one record has its features at 0. ddof as for numpy.std, for sites of more records than that.
     """
-    pooled_mean, pooled_deviation = pooled_statistics(values, offsets[[0, -1]])
+    pooled_mean, pooled_deviation = pooled_statistics(values, offsets[[0, -1]], ddof=ddof)
     parts = [values[a:b] for a, b in pairwise(offsets)]
     mean = np.stack([*(part.mean(0) for part in parts), pooled_mean[0]])
-    return mean, np.stack([*(part.std(0) for part in parts), pooled_deviation[0]])
+    return mean, np.stack([*(part.std(0, ddof=min(ddof, len(part) - 1)) for part in parts), pooled_deviation[0]])
 
 
 def as_measured(values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
