@@ -4,7 +4,6 @@ from fl_jax.data.arrays import from_arrays
 from fl_jax.data.catalog import ensure_prepared
 from fl_jax.data.csv_table import parse_csv
 from fl_jax.data.describe import class_counts, describe, site_class_counts
-from fl_jax.data.federate import federate
 from fl_jax.data.federated import FederatedDataset, hold_out, pooled_train, stack
 from fl_jax.data.hospitals import simulated_hospitals
 from fl_jax.data.partition import (
@@ -22,7 +21,7 @@ from fl_jax.data.prepared import DataMissing
 from fl_jax.data.records import Records, no_records
 from fl_jax.data.shift import Calibration, calibrate, draw_calibration, shift_features
 from fl_jax.data.sklearn_sources import breast_cancer, digits
-from fl_jax.data.source import Source
+from fl_jax.data.source import Source, from_sources
 from fl_jax.data.sources.heart_disease import fed_heart_disease
 from fl_jax.data.sources.idx_images import fashion_mnist, mnist
 from fl_jax.data.sources.tcga_brca import fed_tcga_brca
@@ -57,8 +56,8 @@ __all__ = [
     "fashion_mnist",
     "fed_heart_disease",
     "fed_tcga_brca",
-    "federate",
     "from_arrays",
+    "from_sources",
     "hold_out",
     "iid",
     "label_distribution",
