@@ -95,12 +95,43 @@ def test_per_site_sorts_sites_and_rings_the_worst(higher_is_better: bool) -> Non
     for dot, bar, (arm, site) in zip(dots, bars, itertools.product(["FedProx", "FedAvg"], [*order, "mean"]), strict=True):
         interval = mean_interval(of(data, arm, site, 4))
         np.testing.assert_allclose([dot.get_xdata()[0], *bar.get_xdata()], interval[:3])
-    assert any(isinstance(text, Annotation) and text.get_text() == "no value" for text in axes.texts)
+    assert any(isinstance(text, Annotation) and text.get_text() == "no finite value" for text in axes.texts)
     assert "at D (one class)" in figure.get_supxlabel()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["FedProx", "FedAvg"]
 
 
+def many_arms(value: float = 0.5) -> pd.DataFrame:
+    arms = [f"arm {i}" for i in range(30)]
+    return frame(MetricRow(arm, seed, 1, "test", site, "AUROC", value) for arm in arms for seed in (0, 1) for site in ("A", "mean"))
+
+
+def test_thirty_arms_are_told_apart_and_all_named_inside_the_figure() -> None:
+    (axes,) = per_site(many_arms(), "AUROC").figure.axes
+    looks = {(line.get_color(), line.get_marker()) for line in axes.lines if len(line.get_xdata()) == 0}
+    assert len(looks) == 30
+    figure = curves(many_arms(), "AUROC", "test")
+    figure.draw_without_rendering()
+    boxes = sorted((Text.get_window_extent(a) for a in figure.axes[0].texts if isinstance(a, Annotation)), key=lambda box: box.y0)
+    assert len(boxes) == 30 and boxes[0].y0 > 0 and boxes[-1].y1 < figure.bbox.y1
+    assert all(lower.y0 + 0.8 * lower.height < upper.y0 for lower, upper in itertools.pairwise(boxes))
+
+
+def test_an_arm_whose_name_begins_with_an_underscore_is_in_the_legend() -> None:
+    figure = per_site(metrics().replace({"arm": {"FedAvg": "_mine"}}), "AUROC")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_mine", "FedProx", "Local only"]
+
+
+def test_infinite_values_are_mentioned_and_no_values_are_not_one_seed() -> None:
+    data = metrics()
+    data.loc[(data["site"] == "A") & (data["arm"] == "FedAvg"), "value"] = np.inf
+    assert "3 of 9 values infinite at A" in per_site(data, "AUROC").get_supxlabel()
+    nothing = curves(many_arms(np.nan), "AUROC", "test").get_supxlabel()
+    assert "one seed" not in nothing and "no values" in nothing
+
+
 def test_figures_say_what_is_absent() -> None:
+    with pytest.raises(FlJaxError, match="name at least one"):
+        curves(metrics(), "AUROC", "test", arms=[])
     with pytest.raises(FlJaxError, match="no metrics with metric 'F1'"):
         curves(metrics(), "F1", "test")
     with pytest.raises(FlJaxError, match="there are those of 'FedAvg', 'FedProx', 'Local only'"):

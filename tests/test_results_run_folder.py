@@ -172,6 +172,15 @@ def test_bad_rows_and_names_are_refused(tmp_path: Path) -> None:
         folder.metrics()
 
 
+@pytest.mark.parametrize("line", [b"a,0,x,test,A,AUROC,0.1,", b"a,0,0,test,A,AUROC,zero,", b"a,0,0,test,\xff,AUROC,0.1,", b"a,b"])
+def test_damaged_metrics_are_one_clear_error(tmp_path: Path, line: bytes) -> None:
+    folder = RunFolder.create(tmp_path, CONFIG)
+    with open(tmp_path / "metrics.csv", "ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(FlJaxError, match="metrics.csv was damaged or edited"):
+        folder.metrics()
+
+
 def test_load_run_has_everything(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, CONFIG)
     assert load_run(tmp_path).environment == [] and load_run(tmp_path).summary == {}

@@ -2,6 +2,7 @@
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -87,10 +88,11 @@ def test_missing_values_share_footnotes_by_reason() -> None:
         {"arm": "b", "x": None, "y": Missing("one class")},
         {"arm": "c", "y": Missing("diverged"), "x": mean_interval([np.nan])},
         {"arm": "d", "x": mean_interval([0.5]), "y": pd.NA},
+        {"arm": "e", "x": np.float32(np.nan), "y": jnp.float32(np.nan)},
     ]
     columns = [Column("arm", "Arm", right=False), Column("x", "x", lambda _: "value"), Column("y", "y", number())]
     table = comparison_table(rows, columns)
-    assert [cells[1:] for cells in table.cells] == [("–¹", "–"), ("–", "–²"), ("–³", "–¹"), ("value", "–")]
+    assert [cells[1:] for cells in table.cells] == [("–¹", "–"), ("–", "–²"), ("–³", "–¹"), ("value", "–"), ("–", "–")]
     assert table.notes == ("diverged", "one class", "no values")
     assert "¹ diverged" in table.text() and "² one class" in table.markdown()
 

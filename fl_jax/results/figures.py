@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from fl_jax.results.rows import OVER_SITES
 from fl_jax.results.seeds import last_round, over_seeds, select
 from fl_jax.statistics import Bounds, Interval
 
@@ -22,7 +24,7 @@ _DASHES: tuple[object, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5,
 _MARKERS = ("o", "s", "^", "D", "v", ">", "X")
 _GREY, _FAINT = "#555555", "#DDDDDD"
 _FONT, _SMALL = 9.0, 7.5  # points
-_AGGREGATES = ("all", "mean", "worst", "std")
+_NAME_HEIGHT = 1.25 * _FONT / 72  # inches from one name at the end of a line to the next
 
 
 def curves(
@@ -38,13 +40,15 @@ def curves(
     """One line per arm: the mean of a metric over seeds at each round, in the band of its confidence interval.
 
     metrics: see `load_metrics`. arms: which, and in which order; default: all. bounds: the metric's range, e.g. (0, 1), which no
-    interval leaves. size: inches. Raises FlJaxError where there are no such metrics.
+    interval leaves. size: inches; the height grows where the arms' names, which stand one above another, need it. Raises
+    FlJaxError where there are no such metrics.
     """
     rows = select(metrics, metric, split, site, arms)
     intervals = over_seeds(rows, ["arm", "round"], confidence, bounds)
-    figure, axes = _figure(size)
+    names = list(arms if arms is not None else rows["arm"].unique())
+    figure, axes = _figure((size[0], max(size[1], 1.2 + _NAME_HEIGHT * len(names))))
     ends: list[_End] = []
-    for i, arm in enumerate(arms if arms is not None else rows["arm"].unique()):
+    for i, arm in enumerate(names):
         line = intervals[intervals["arm"] == arm].sort_values("round")
         rounds = line["round"].to_numpy()
         mean, low, high = np.array([interval[:3] for interval in line["interval"]]).T
@@ -93,13 +97,15 @@ def per_site(
         known = [table[arm, site].mean for arm in names if (arm, site) in table]
         return sign * float(np.mean(known)) if known else -np.inf
 
-    sites = sorted((site for site in rows["site"].unique() if site not in _AGGREGATES), key=quality, reverse=True)
+    sites = sorted((site for site in rows["site"].unique() if site not in OVER_SITES), key=quality, reverse=True)
     ordered = [*sites, *(["mean"] if (rows["site"] == "mean").any() else [])]
     spread = min(0.7, 0.2 * (len(names) - 1))
     figure, axes = _figure((width, 1.2 + len(ordered) * max(0.26, 0.11 * len(names) + 0.1)))
+    legend: dict[str, Line2D] = {}  # not by label: matplotlib leaves out what begins with "_"
     for i, (arm, offset) in enumerate(zip(names, np.linspace(-spread / 2, spread / 2, len(names)), strict=True)):
-        color, marker = PALETTE[i % len(PALETTE)], _MARKERS[i % len(_MARKERS)]
-        axes.plot([], [], marker, color=color, markersize=4.5, label=arm)
+        # a colour and a marker of their own for 49 arms
+        color, marker = PALETTE[i % len(PALETTE)], _MARKERS[(i + i // len(PALETTE)) % len(_MARKERS)]
+        (legend[arm],) = axes.plot([], [], marker, color=color, markersize=4.5)
         shown = {site: (table[arm, site], y + offset) for y, site in enumerate(ordered) if (arm, site) in table}
         for interval, y in shown.values():
             axes.plot([interval.low, interval.high], [y, y], color=color, linewidth=1.3, solid_capstyle="butt")
@@ -110,7 +116,7 @@ def per_site(
             axes.plot(*worst, "o", markerfacecolor="none", markeredgecolor=color, markersize=9, markeredgewidth=1.0)
     for y, site in enumerate(ordered):
         if not any((arm, site) in table for arm in names):
-            axes.annotate("no value", (0.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=_SMALL, color=_GREY)
+            axes.annotate("no finite value", (0.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=_SMALL, color=_GREY)
         if y % 2 == 0 and site != "mean":
             axes.axhspan(y - 0.5, y + 0.5, color="#F5F5F5", linewidth=0, zorder=0)
     if ordered != sites:
@@ -121,7 +127,7 @@ def per_site(
     axes.grid(axis="x", color=_FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel(_label(metric, split, ""), fontsize=_FONT)
-    _legend(figure, axes)
+    _legend(figure, legend)
     ring = "ring: the arm's worst site" if len(sites) > 1 else ""
     _caption(figure, _describe(intervals["interval"], "dot", "bar", confidence), ring, _missing(rows[rows["site"].isin(sites)]))
     return figure
@@ -144,19 +150,21 @@ def _label(metric: str, split: str, site: str) -> str:
 def _describe(intervals: pd.Series, point: str, extent: str, confidence: float) -> str:
     """What a point and its extent are, and of how many seeds."""
     counts = sorted({interval.n for interval in intervals if interval.n})
-    if not counts or counts[-1] == 1:
+    if not counts:
+        return "no values"
+    if counts[-1] == 1:
         return "one seed, no interval"
     number = f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else str(counts[-1])
     return f"{point}: mean of {number} seeds, {extent}: {100 * confidence:g} % confidence interval"
 
 
 def _missing(rows: pd.DataFrame) -> str:
-    """Which sites lack values, and why."""
-    gone = rows[rows["value"].isna()]
+    """Which sites have values that cannot be drawn: missing ones, with the reason, and infinite ones."""
     parts = []
-    for (site, note), group in gone.groupby(["site", "note"], sort=False):
-        where = f" at {site}" if site not in _AGGREGATES else ""
-        parts.append(f"{len(group)} of {(rows['site'] == site).sum()} values missing{where}" + (f" ({note})" if note else ""))
+    for what, gone in (("missing", rows["value"].isna()), ("infinite", np.isinf(rows["value"]))):
+        for (site, note), group in rows[gone].groupby(["site", "note"], sort=False):
+            where = f" at {site}" if site not in OVER_SITES else ""
+            parts.append(f"{len(group)} of {(rows['site'] == site).sum()} values {what}{where}" + (f" ({note})" if note else ""))
     return "; ".join(parts)
 
 
@@ -166,12 +174,13 @@ def _caption(figure: Figure, *sentences: str) -> None:
     figure.supxlabel(text, fontsize=_SMALL, color=_GREY, x=0.01, ha="left", wrap=True)
 
 
-def _legend(figure: Figure, axes: Axes, max_columns: int = 4) -> None:
+def _legend(figure: Figure, arms: dict[str, Line2D], max_columns: int = 4) -> None:
     """The arms above the figure, in reading order: matplotlib fills a legend column by column."""
-    handles, _ = axes.get_legend_handles_labels()
-    columns = min(len(handles), max_columns)
-    handles = [handle for i in range(columns) for handle in handles[i::columns]]
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=_FONT, handletextpad=0.2)
+    columns = min(len(arms), max_columns)
+    order = [arm for i in range(columns) for arm in list(arms)[i::columns]]
+    figure.legend(
+        [arms[arm] for arm in order], order, loc="outside upper center", ncols=columns, frameon=False, fontsize=_FONT, handletextpad=0.2
+    )
 
 
 class _End(NamedTuple):
@@ -188,7 +197,7 @@ def _label_ends(figure: Figure, axes: Axes, ends: Sequence[_End]) -> None:
     figure.draw_without_rendering()  # for the height of the axes
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
-    gap = 1.25 * _FONT / 72 * figure.dpi / axes.get_window_extent().height
+    gap = _NAME_HEIGHT * figure.dpi / axes.get_window_extent().height
     ascending = sorted(ends, key=lambda end: end.y)
     places = _spread([(end.y - low) / (high - low) for end in ascending], gap)
     for i, (end, place) in enumerate(zip(ascending, places, strict=True)):
@@ -196,7 +205,7 @@ def _label_ends(figure: Figure, axes: Axes, ends: Sequence[_End]) -> None:
             end.name,
             xy=(end.x, end.y),
             xycoords="data",
-            xytext=(1.035, min(place, 1 - gap * (len(places) - 1 - i))),
+            xytext=(1.035, max(gap * i, min(place, 1 - gap * (len(places) - 1 - i)))),
             textcoords="axes fraction",
             color=end.color,
             fontsize=_FONT,

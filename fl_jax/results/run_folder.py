@@ -36,7 +36,7 @@ class MetricRow(NamedTuple):
 
     arm: what was trained, as it is called in tables. seed, round: ints; round 0 is before training. split: "train",
     "validation", "test", "unseen" (sites that took no part) or "round" (what a round reports of itself). site: a site's name, or
-    "all" (records pooled), "mean" or "worst" over sites. metric: its name. value: float; NaN or None where it is missing.
+    "all" (records pooled), "mean", "worst" or "std" over sites. metric: its name. value: float; NaN or None where it is missing.
     note: why it is missing.
     """
 
@@ -101,18 +101,21 @@ def load_metrics(path: str | os.PathLike[str]) -> pd.DataFrame:
     """The metrics of a run folder (or metrics.csv): arm, seed, round, split, site, metric, value (NaN where missing), note.
 
     Values are what was measured to the last bit. A last line that a crash cut short is left out. Raises FlJaxError where the file
-    is missing or something else.
+    is missing, or is not as it was written.
     """
     path = Path(path)
     path = path / METRICS if path.is_dir() else path
     with disk_errors(f"read {path}"):
         content = path.read_bytes()
-    text = content[: content.rfind(b"\n") + 1].decode()
-    if not text.startswith(_HEADER):
+    content = content[: content.rfind(b"\n") + 1]
+    if not content.startswith(_HEADER.encode()):
         raise FlJaxError(f"{path} does not start with the header {_HEADER.strip()}; it is not the metrics of a run.")
-    # Python's float reads what repr wrote to the last bit; and nothing but an empty value is missing: a site may be called "NA".
-    metrics = pd.read_csv(io.StringIO(text), dtype={**_DTYPES, "value": "str"}, keep_default_na=False)
-    return metrics.assign(value=[float(value or "nan") for value in metrics["value"]]).astype(_DTYPES)
+    try:
+        # Python's float reads what repr wrote to the last bit; nothing but an empty value is missing: a site may be called "NA".
+        metrics = pd.read_csv(io.StringIO(content.decode()), dtype={**_DTYPES, "value": "str"}, keep_default_na=False)
+        return metrics.assign(value=[float(value or "nan") for value in metrics["value"]]).astype(_DTYPES)
+    except ValueError as error:
+        raise FlJaxError(f"{path} was damaged or edited ({error}); restore it, or give the run another folder.") from error
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:

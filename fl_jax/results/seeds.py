@@ -24,6 +24,8 @@ def select(
             names = ", ".join(map(repr, known)) or "none at all"
             raise FlJaxError(f"There are no metrics with {column} {value!r}; there are {names}.")
     if arms is not None:
+        if not arms:
+            raise FlJaxError("No arm is asked for; name at least one, or leave `arms` out for all.")
         known = rows["arm"].unique()
         for arm in arms:
             if arm not in known:

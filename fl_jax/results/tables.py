@@ -229,8 +229,10 @@ def _width(columns: Sequence[_Laid]) -> int:
 def _is_missing(value: Any) -> bool:
     if value is None or value is pd.NA or value is pd.NaT or isinstance(value, Missing):
         return True
-    number = value.mean if isinstance(value, Interval) else value
-    return isinstance(number, float) and math.isnan(number)
+    try:
+        return math.isnan(value.mean if isinstance(value, Interval) else value)  # NumPy's and jax's scalars too
+    except (TypeError, OverflowError):  # a text; an integer beyond the floats
+        return False
 
 
 def _reason(value: Any) -> str:
