@@ -11,32 +11,39 @@ import datetime
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from experiments.config import UNRECORDED, Common, ConfigT, load_json, override, recorded
 from fl_jax.errors import FlJaxError
 
-__all__ = ["UNRECORDED", "Common", "main", "new_folder", "parse", "recorded"]
+if TYPE_CHECKING:
+    from fl_jax.results import RunFolder
+
+__all__ = ["UNRECORDED", "Common", "main", "new_folder", "parse", "recorded", "run_folder"]
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 RUNS = Path("runs")
 
 
-def main(run: Callable[[ConfigT], None], config_type: type[ConfigT], argv: Sequence[str] | None = None) -> None:
+def main(
+    run: Callable[[ConfigT], None], config_type: type[ConfigT], argv: Sequence[str] | None = None, *, computes: bool = True
+) -> None:
     """Runs an experiment with the configuration of its command line; for `if __name__ == "__main__"`.
 
-    argv: the arguments, default: the process's. Splits the CPU into devices and turns the compilation cache on, before `run` can touch
+    argv: the arguments, default: the process's. computes: False for a program that leaves the devices to others. Splits the CPU into devices and turns the compilation cache on, before `run` can touch
     a device. Exits the process with 2 after one line on stderr for a FlJaxError (or tyro's own words for arguments that it cannot parse),
     130 after Ctrl-C, and 141 without a word where nobody reads the output any more.
     """
     name = _name(run)
     try:
         config = parse(config_type, sys.argv[1:] if argv is None else argv, f"python -m experiments.{name}")
-        _prepare(config.devices, name)
+        if computes:
+            _prepare(config.devices, name)
         run(config)
         sys.stdout.flush()
     except FlJaxError as error:
@@ -69,6 +76,27 @@ def parse(config_type: type[ConfigT], argv: Sequence[str], program: str | None =
     if config.resume and config.out is None:
         raise FlJaxError("--resume goes on with a run that there is: give its folder with --out DIR.")
     return config
+
+
+@contextlib.contextmanager
+def run_folder(config: Common, name: str) -> "Iterator[RunFolder]":
+    """The folder of a run, new or with --resume the one that goes on; at the end it has the times and, with --tensorboard, event files.
+
+    name: of the experiment, for a folder below runs/ where there is no --out. Raises FlJaxError as `RunFolder.create` does, and at once
+    where event files are wanted and tensorboardX is not installed.
+    """
+    from fl_jax.results import RunFolder, describe_environment, now, write_event_files  # jax, which --help does without
+    from fl_jax.results.tensorboard import summary_writer
+
+    began, started = time.perf_counter(), now()
+    if config.tensorboard:
+        summary_writer()
+    folder = RunFolder.create(config.out or new_folder(name), recorded(config), config.resume)
+    folder.record_environment(describe_environment(started))
+    yield folder
+    if config.tensorboard:
+        write_event_files(folder.metrics(), folder.path / "tensorboard", replace=True)
+    folder.record_environment(describe_environment(started, time.perf_counter() - began, folder.compile_seconds))
 
 
 def new_folder(name: str) -> Path:

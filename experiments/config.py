@@ -34,6 +34,8 @@ class Common:
     """go on with the run in --out, from its last checkpoint"""
     devices: int | None = dataclasses.field(default=None, metadata=UNRECORDED)
     """virtual devices that the CPU is split into; one a core where it is not given"""
+    tensorboard: bool = dataclasses.field(default=False, metadata=UNRECORDED)
+    """write the metrics as TensorBoard event files too, to tensorboard/ in the run folder"""
 
     @classmethod
     def quick_defaults(cls) -> Self:

@@ -26,7 +26,6 @@ from experiments import cli, quickstart_report
 from fl_jax import aggregators, algorithms, batches, models, norms, privacy, sampling, sweep, training
 from fl_jax.data import FederatedDataset, pooled_train, read_table, simulated_hospitals, stack
 from fl_jax.errors import FlJaxError
-from fl_jax.results import RunFolder, describe_environment, now
 from fl_jax.types import FederatedAlgorithm, Model, PyTree, Sampling, Sites
 
 
@@ -133,25 +132,20 @@ def arms_of(config: Config, model: Model, num_sites: int) -> tuple[list[training
 
 def run(config: Config) -> None:
     """Runs the study and prints its report; writes a run folder."""
-    began, started = time.perf_counter(), now()
+    began = time.perf_counter()
     federations: Sequence[FederatedDataset] = datasets(config)
     first = federations[0]
-    folder = RunFolder.create(config.out or cli.new_folder("quickstart"), cli.recorded(config), config.resume)
-    folder.record_environment(describe_environment(started))
-    quickstart_report.introduce(first, config)
-
-    example = jnp.zeros((1, first.train.x.shape[1]))
-    model = models.bridge(models.TabularNet(first.num_classes, config.hidden), example, models.softmax_cross_entropy)
-    study = training.Study(
-        model, stack(federations), first.site_names, first.unseen_names, config.rounds, config.evaluate_every, chunk=64,
-        mesh=sweep.run_mesh())
-    arms, ledgers = arms_of(config, model, first.num_sites)
-    seeds = list(range(config.seeds))
-    fits = training.fit(study, arms, seeds, training.seeds_of(seeds, stacked=True), folder=folder, resume=config.resume)
-
-    compiling = sum(fit.compile_seconds for fit in fits.values())
-    folder.record_environment(describe_environment(started, time.perf_counter() - began, compiling))
-    quickstart_report.conclude(folder, first, fits, ledgers, config, time.perf_counter() - began)
+    with cli.run_folder(config, "quickstart") as folder:
+        quickstart_report.introduce(first, config)
+        example = jnp.zeros((1, first.train.x.shape[1]))
+        model = models.bridge(models.TabularNet(first.num_classes, config.hidden), example, models.softmax_cross_entropy)
+        study = training.Study(
+            model, stack(federations), first.site_names, first.unseen_names, config.rounds, config.evaluate_every, chunk=64,
+            mesh=sweep.run_mesh())
+        arms, ledgers = arms_of(config, model, first.num_sites)
+        seeds = list(range(config.seeds))
+        fits = training.fit(study, arms, seeds, training.seeds_of(seeds, stacked=True), folder=folder, resume=config.resume)
+        quickstart_report.conclude(folder, first, fits, ledgers, config, time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ It may be above 1: the floor's one chain of steps cannot use what lanes and devi
 W4 1.1, a minute each. Times mean something on a machine that does nothing else.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -57,6 +58,8 @@ class Config(cli.Common):
             raise FlJaxError(f"lanes must be auto, or 1 or more, and is {self.lanes}.")
         if self.resume:
             raise FlJaxError("A measurement of speed cannot be resumed; start it anew.")
+        if self.tensorboard:
+            raise FlJaxError("A measurement of speed has no metrics over rounds for TensorBoard; leave --tensorboard out.")
 
     @classmethod
     def quick_defaults(cls) -> Self:
@@ -66,17 +69,13 @@ class Config(cli.Common):
 def run(config: Config) -> None:
     """Measures, prints, and writes the run folder where there is one."""
     from experiments.speed_measure import measure  # jax, which --help does without
-    from fl_jax import results
 
-    started = results.now()
-    folder = None if config.out is None else results.RunFolder.create(config.out, cli.recorded(config))
     to_stderr = _say if sys.stderr.isatty() else _quiet
-    measured = measure(config.workload, config.rounds, config.warmup, config.data, config.lanes, config.pairs, config.seeds, to_stderr)
-    print(json.dumps({name: _number(value) for name, value in measured.items()}) if config.json else report(measured))
-    if folder is not None:
-        folder.write_summary(measured)
-        wall = (results.now() - started).total_seconds()
-        folder.record_environment(results.describe_environment(started, wall))
+    with contextlib.nullcontext() if config.out is None else cli.run_folder(config, "speed") as folder:
+        measured = measure(config.workload, config.rounds, config.warmup, config.data, config.lanes, config.pairs, config.seeds, to_stderr)
+        print(json.dumps({name: _number(value) for name, value in measured.items()}) if config.json else report(measured))
+        if folder is not None:
+            folder.write_summary(measured)
 
 
 def report(measured: dict[str, Any]) -> str:

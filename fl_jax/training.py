@@ -59,6 +59,8 @@ def fit(
     study = study._replace(splits=on_every_device(study.splits, study.mesh))
     with tqdm(total=len(arms), desc="compiling", unit="arm", leave=False, disable=None if progress else True) as bar:
         programs, measure = compile_arms(study, arms, runs, bar)
+    if folder is not None:
+        folder.compile_seconds += sum(program.compile_seconds for program in programs)
     with _interruptible() as stop:
         return {
             program.name: _fit_arm(study, program, measure, seeds, runs, stop, folder, resume, progress) for program in programs

@@ -17,6 +17,7 @@ from experiments.config import load_json, override
 from fl_jax import runtime
 from fl_jax.errors import FlJaxError
 from fl_jax.files import check_config
+from fl_jax.results import MetricRow, load_run
 
 PROGRAM = "python -m experiments.small"
 
@@ -122,7 +123,7 @@ def test_what_is_recorded_reads_back_as_the_same_configuration(config, write):
 
 
 def test_where_and_how_to_run_is_not_recorded(tmp_path):
-    begun, resumed = Config(out=tmp_path), Config(out=tmp_path, resume=True, devices=2)
+    begun, resumed = Config(out=tmp_path), Config(out=tmp_path, resume=True, devices=2, tensorboard=True)
     check_config(cli.recorded(begun), cli.recorded(resumed))
     with pytest.raises(FlJaxError, match="rounds: 30 -> 31"):
         check_config(cli.recorded(begun), cli.recorded(dataclasses.replace(resumed, rounds=31)))
@@ -182,7 +183,7 @@ def test_help_names_every_field_with_its_docstring(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0
     for words in (PROGRAM, "A study that is small.", "--config FILE.json", "--optimizer.lr", "step size", "rounds of training", "--quick",
-                  "--out", "--resume", "--devices"):
+                  "--out", "--resume", "--devices", "--tensorboard"):
         assert words in printed, words
 
 
@@ -242,6 +243,24 @@ def test_values_that_make_no_sense_together_are_one_line(arguments, words, prepa
     with pytest.raises(SystemExit) as ended:
         cli.main(lambda config: None, Config, arguments)
     assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_run_folder_has_times_and_event_files_at_the_end(tmp_path):
+    for resume in (False, True):
+        with cli.run_folder(Config(out=tmp_path / "run", resume=resume, tensorboard=True), "small") as folder:
+            folder.append_metrics([MetricRow("FedAvg", 0, 1 + resume, "test", "mean", "accuracy", 0.5)])
+            folder.compile_seconds += 2
+            assert load_run(folder.path).environment[-1]["wall_seconds"] is None
+    run = load_run(tmp_path / "run")
+    assert len(run.environment) == 2 and all(entry["wall_seconds"] > 0 and entry["compile_seconds"] == 2 for entry in run.environment)
+    assert len(list((run.path / "tensorboard").glob("FedAvg/seed_0/events.*"))) == 1
+
+
+def test_event_files_that_cannot_be_written_are_told_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(FlJaxError, match="pip install"), cli.run_folder(Config(out=tmp_path / "run", tensorboard=True), "small"):
+        pytest.fail("the study ran")
+    assert not (tmp_path / "run").exists()
 
 
 def test_new_folders_are_new(monkeypatch, tmp_path):

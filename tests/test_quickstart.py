@@ -61,7 +61,7 @@ def hospitals(program, tmp_path_factory):
     assert first.returncode == 130, error
     assert error.splitlines()[-1].startswith("quickstart: stopped after round "), error
     assert error.splitlines()[-1].endswith(f"it is saved in {folder} and can be resumed.")
-    with program("--out", folder, "--resume") as second:
+    with program("--out", folder, "--resume", "--tensorboard") as second:
         printed, error = second.communicate()
     assert second.returncode == 0 and error == "", error
     return load_run(folder), printed
@@ -87,10 +87,11 @@ def plain(text):
 def test_the_run_folder_is_complete(hospitals):
     run, _ = hospitals
     assert {path.name for path in run.path.iterdir() if not path.name.startswith(".")} == {
-        "checkpoints", "config.json", "environment.json", "figures", "metrics.csv", "summary.json"}
+        "checkpoints", "config.json", "environment.json", "figures", "metrics.csv", "summary.json", "tensorboard"}
+    assert len(list((run.path / "tensorboard").glob("*/seed_*/events.*"))) == len(ARMS) * 3
     assert {path.stem for path in (run.path / "figures").glob("*.png")} == FIGURES
     assert len(list((run.path / "checkpoints").iterdir())) == len(ARMS)
-    assert run.config["quick"] is True and run.config["rounds"] == 6 and not {"out", "resume", "devices"} & set(run.config)
+    assert run.config["quick"] is True and run.config["rounds"] == 6 and not {"out", "resume", "devices", "tensorboard"} & set(run.config)
     first, second = run.environment
     assert first["wall_seconds"] is None and second["wall_seconds"] > 0 and second["compile_seconds"] > 0
     assert list(dict.fromkeys(run.metrics["arm"])) == ARMS

@@ -192,6 +192,7 @@ def test_event_files_hold_the_metrics(tmp_path: Path) -> None:
     assert read == expected
     with pytest.raises(FlJaxError, match="holds event files already"):
         write_event_files(data, tmp_path)
+    assert write_event_files(data, tmp_path, replace=True) == folders and all(len(list(folder.iterdir())) == 1 for folder in folders)
 
 
 def test_event_files_without_tensorboardx_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,11 +147,11 @@ def from_record(item: Mapping[str, Any]) -> Verdict:
     return Verdict(item["study"], claim, item["measured"], item["low"], item["high"], item["seeds"], item["holds"], item["cause"])
 
 
-def claims_table(verdicts: Sequence[Verdict], title: str = "") -> Table:
-    """Published beside measured, one row a claim; why one does not hold or was not run is a footnote."""
+def claims_table(verdicts: Sequence[Verdict], title: str = "", *, sources: bool = True) -> Table:
+    """Published beside measured, one row a claim; why one does not hold or was not run is a footnote. sources: with their column."""
     columns = [
-        Column("claim", "claim", right=False), Column("source", "source", right=False), Column("published", "published"),
-        Column("measured", "measured"), Column("seeds", "seeds"), Column("holds", "holds", right=False),
+        Column("claim", "claim", right=False), *([Column("source", "source", right=False)] if sources else []),
+        Column("published", "published"), Column("measured", "measured"), Column("seeds", "seeds"), Column("holds", "holds", right=False),
     ]
     return comparison_table([_row(verdict) for verdict in verdicts], columns, title)
 
