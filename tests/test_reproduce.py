@@ -10,7 +10,7 @@ from experiments import cli, reproduce, results_page
 from experiments.reproduction import STUDIES, Reproduction, Study, code_of, study
 from fl_jax import data
 from fl_jax.errors import FlJaxError
-from fl_jax.results import CLAIMS, Claim, Direction, RunFolder, describe_environment, judge, now, read_claims
+from fl_jax.results import CLAIMS, Claim, Direction, RunFolder, describe_environment, judge, now
 
 CLAIM = Claim("accuracy is .8", "Table 1", 0.8, Direction.WITHIN, 0.1, "seeds vary by .1")
 
@@ -27,12 +27,11 @@ def world(monkeypatch, tmp_path):
     """A study whose process is played by `world.process`, and what was started."""
 
     class World:
-        started = []
-        value = 0.8
-        status = 0
-        reproduction = Reproduction(lambda config: [CLAIM])
-        code = "1"
-        out = tmp_path / "out"
+        def __init__(self):
+            self.started = []
+            self.value, self.status, self.code = 0.8, 0, "1"
+            self.reproduction = Reproduction(lambda config: [CLAIM])
+            self.out = tmp_path / "out"
 
         def process(self, command):
             self.started.append(command)
@@ -46,7 +45,6 @@ def world(monkeypatch, tmp_path):
             reproduce.run(reproduce.Config(**{"names": ("small",), "out": self.out} | changes))
 
     world = World()
-    world.started = []
     monkeypatch.setattr(reproduce, "study", lambda name: Study(name, world.reproduction, Small))
     monkeypatch.setattr(reproduce, "code_of", lambda name: world.code)
     monkeypatch.setattr(reproduce, "_wait", world.process)
