@@ -6,6 +6,7 @@ from fl_jax.data.csv_table import parse_csv
 from fl_jax.data.describe import class_counts, describe, site_class_counts
 from fl_jax.data.federated import FederatedDataset, hold_out, pooled_train, stack
 from fl_jax.data.hospitals import simulated_hospitals
+from fl_jax.data.leaf import read_leaf
 from fl_jax.data.partition import (
     by_column,
     classes_per_client,
@@ -24,6 +25,7 @@ from fl_jax.data.sklearn_sources import breast_cancer, digits
 from fl_jax.data.source import Source, from_sources
 from fl_jax.data.sources.heart_disease import fed_heart_disease
 from fl_jax.data.sources.idx_images import fashion_mnist, mnist
+from fl_jax.data.sources.pneumonia_mnist import pneumonia_mnist
 from fl_jax.data.sources.tcga_brca import fed_tcga_brca
 from fl_jax.data.split import split_records
 from fl_jax.data.standardize import (
@@ -32,7 +34,9 @@ from fl_jax.data.standardize import (
     site_statistics,
     standardize_features,
 )
+from fl_jax.data.synthetic import fedprox_iid, fedprox_synthetic
 from fl_jax.data.tabular import Table, read_csv, read_table
+from fl_jax.data.tfds_source import tfds_source
 
 __all__ = [
     "Calibration",
@@ -56,6 +60,8 @@ __all__ = [
     "fashion_mnist",
     "fed_heart_disease",
     "fed_tcga_brca",
+    "fedprox_iid",
+    "fedprox_synthetic",
     "from_arrays",
     "from_sources",
     "hold_out",
@@ -64,11 +70,13 @@ __all__ = [
     "mnist",
     "no_records",
     "parse_csv",
+    "pneumonia_mnist",
     "pooled_statistics",
     "pooled_train",
     "quantity_dirichlet",
     "quantity_lognormal",
     "read_csv",
+    "read_leaf",
     "read_table",
     "shards",
     "shift_features",
@@ -78,4 +86,5 @@ __all__ = [
     "split_records",
     "stack",
     "standardize_features",
+    "tfds_source",
 ]

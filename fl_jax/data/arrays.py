@@ -26,7 +26,7 @@ def from_arrays(
     test: float | np.ndarray = 0.2,
     group: Sequence | np.ndarray | None = None,
     label: np.ndarray | None = None,
-    unseen: Sequence[str] = (),
+    unseen: Sequence[str | int] = (),
     site_names: Sequence[str] | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] = (),
@@ -41,15 +41,19 @@ def from_arrays(
     sites 0, 1, ...
     validation, test: fractions of every site's records for validation and test; where the source says which records are for
     testing, test is bool[R], and validation a fraction of the others. group: [R], e.g. the patient of each record: no group is in
-    two splits, nor in training and at an unseen site. unseen: names of sites to hold out whole.
-    num_classes: None finds it for integer y [R] (largest label + 1); 0 says that y is no class. label: int[R] from 0 to stratify
+    two splits, nor in training and at an unseen site. unseen: sites to hold out whole.
+    num_classes: None finds it for integer y [R] (largest label + 1; bool counts as 0 and 1); 0 says that y is no class. label: int[R] from 0 to stratify
     the splits by, None for y itself where it is one class per record. Raises FlJaxError for lengths that differ, unknown names, a
     group of which only a part is given for testing, and what FederatedDataset refuses.
     """
     x, y = (jax.tree.map(np.asarray, tree, is_leaf=lambda node: isinstance(node, list)) for tree in (x, y))
+    if isinstance(y, np.ndarray) and y.dtype == bool:
+        y = y.astype(np.int32)
+    unseen = [unseen] if isinstance(unseen, str) else [str(u) for u in unseen]
     code, names = by_column(site)
     given = None if np.ndim(test) == 0 else np.asarray(test, bool)
     columns = {"x": x, "y": y, "group": code if group is None else np.asarray(group), "test": code if given is None else given}
+    columns["label"] = code if label is None else np.asarray(label)
     for path, leaf in jax.tree.leaves_with_path(columns):
         if not leaf.ndim or len(leaf) != len(code):
             raise FlJaxError(
@@ -64,6 +68,8 @@ def from_arrays(
     unknown = [u for u in unseen if u not in names]
     if unknown:
         raise FlJaxError(f"'{unknown[0]}' is no site of data set '{name}': hold out some of {shorten(names)}.")
+    if set(names) <= set(unseen):
+        raise FlJaxError(f"Holding out every site of data set '{name}' leaves nothing to train on: keep one.")
 
     is_class = isinstance(y, np.ndarray) and np.issubdtype(y.dtype, np.integer)
     if num_classes is None:
@@ -84,7 +90,7 @@ def from_arrays(
         code[free],
         validation=validation,
         test=float(test) if given is None else 0.0,
-        label=None if label is None else label[free],
+        label=None if label is None else columns["label"][free],
         group=None if group is None else columns["group"][free],
         test_only=held_out[free],
     )

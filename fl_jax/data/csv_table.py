@@ -57,20 +57,25 @@ def parse_csv(
     max_levels: int = 50,
     delimiter: str = ",",
 ) -> ParsedCsv:
-    """Read a CSV file (UTF-8, one header line, one record a line); every column that is not named otherwise is a feature.
+    """Read a CSV file (UTF-8, one header line, one record a line; blank lines are skipped); every column that is not named
+    otherwise is a feature.
 
     A column whose values, missing ones apart, are all numbers is numeric unless named in `categorical`; others are categorical,
     of at most max_levels levels. drop: columns to leave out. missing: texts that mean a missing value; spaces around values
     are ignored. Raises FlJaxError, with file and line where there is one, for: no such file; no such column; lines that cannot
     be read; a missing site, label or group; a value that is no number in a column of (at least 90 %) numbers; infinite
-    numbers; a column of too many levels; fewer than two classes.
+    numbers; decimal commas; a column of too many levels; a column without a name (row numbers, as pandas writes them, would be a
+    feature); fewer than two classes.
     """
+    if len(delimiter) != 1 or delimiter in '\r\n"':
+        raise FlJaxError(f"The delimiter must be one character, such as ',' or ';', not {delimiter!r}.")
     path = Path(path)
     header, rows, lines = _read(path, delimiter)
     roles = {"site": site, "label": label, **({"group": group} if group is not None else {})}
     for name in (*roles.values(), *drop, *categorical):
         if name not in header:
-            raise FlJaxError(f"'{path}' has no column '{name}': its columns are {shorten(header, 60)}.")
+            hint = " (is the delimiter right?)" if len(header) == 1 else ""
+            raise FlJaxError(f"'{path}' has no column '{name}': its columns are {shorten(header, 60)}{hint}.")
     if len(set(roles.values())) < len(roles):
         raise FlJaxError(f"Site, label and group of '{path}' must be different columns, but are {shorten(list(roles.values()))}.")
     cells = dict(zip(header, zip(*rows, strict=True), strict=True))
@@ -87,6 +92,11 @@ def parse_csv(
             "another label column, or raise max_levels."
         )
     names = [name for name in header if name not in roles.values() and name not in drop]
+    if "" in names:
+        raise FlJaxError(
+            f"Column {header.index('') + 1} of '{path}' has no name, as where pandas writes row numbers: name it, or remove it from the "
+            "file (index=False)."
+        )
     columns = [_column(path, name, cells[name], lines, gone, name in categorical, max_levels) for name in names]
     if not columns:
         raise FlJaxError(f"'{path}' has no feature: beside site, label and group there must be at least one column.")
@@ -107,17 +117,17 @@ def _read(path: Path, delimiter: str) -> tuple[list[str], list[list[str]], list[
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
+            records = (row for row in reader if len(row) > 1 or any(map(str.strip, row)))  # a blank line is no record
             try:
-                header = [name.strip() for name in next(reader, [])]
-                for row in reader:
-                    if row and len(row) != len(header):
+                header = [name.strip() for name in next(records, [])]
+                for row in records:
+                    if len(row) != len(header):
                         raise FlJaxError(
                             f"'{path}', line {reader.line_num}: there are {len(row)} values for {len(header)} columns; correct "
                             "the line (values that hold the delimiter need quotes)."
                         )
-                    if row:
-                        rows.append([cell.strip() for cell in row])
-                        lines.append(reader.line_num)
+                    rows.append([cell.strip() for cell in row])
+                    lines.append(reader.line_num)
             except csv.Error as error:
                 raise FlJaxError(f"'{path}', line {reader.line_num}: this line is no CSV ({error}); correct it.") from error
             except UnicodeDecodeError as error:
@@ -172,6 +182,11 @@ def _column(
             f"'{path}', line {lines[wrong[0]]}: column '{name}' holds '{cells[wrong[0]]}' where {present.sum() - len(wrong)} "
             f"of {present.sum()} values are numbers; correct it, name it in missing, or the column in categorical or drop."
         )
+    if not categorical and all(_number(cell.replace(",", ".", 1)) is not None for cell in cells if cell not in missing):
+        raise FlJaxError(
+            f"'{path}', line {lines[wrong[0]]}: column '{name}' holds '{cells[wrong[0]]}', a number with a decimal comma; write points, "
+            "or name the column in categorical or drop."
+        )
     levels = tuple(sorted({cell for cell in cells if cell not in missing}, key=natural_key))
     if len(levels) > max_levels:
         raise FlJaxError(
@@ -188,4 +203,4 @@ def _number(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return None if math.isnan(value) else value
+    return None if math.isnan(value) or "_" in text else value  # Python reads the code 1_2 as 12

@@ -22,6 +22,9 @@ from fl_jax.data.records import (
 from fl_jax.errors import FlJaxError
 from fl_jax.types import Sites, Splits
 
+OVER_SITES = ("all", "mean", "worst", "std")
+"""What stands in place of a site's name where a number is of several: records pooled, and mean, worst and spread over sites."""
+
 
 @dataclass(frozen=True, eq=False)
 class FederatedDataset:
@@ -144,6 +147,7 @@ def hold_out(dataset: FederatedDataset, names: Sequence[str]) -> FederatedDatase
     other sites, keep their traces: sources with an `unseen` argument leave none. Raises FlJaxError for names that are not sites
     and where no site would be left.
     """
+    names = [names] if isinstance(names, str) else names
     unknown = [name for name in names if name not in dataset.site_names]
     if unknown:
         raise FlJaxError(
@@ -197,6 +201,12 @@ def _check_names(data: FederatedDataset) -> None:
     names = [*data.site_names, *data.unseen_names]
     if not data.site_names:
         raise FlJaxError(f"Data set '{data.name}' has no site: give at least one.")
+    wrong = [name for name in names if not name.strip() or len(name.splitlines()) > 1 or name in OVER_SITES]
+    if wrong:
+        raise FlJaxError(
+            f"Data set '{data.name}' has a site named {wrong[0]!r}: a name is one line that is not empty and none of "
+            f"{shorten(OVER_SITES)}, which results call numbers of several sites."
+        )
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise FlJaxError(f"Data set '{data.name}' has two sites named '{twice}': give every site, unseen ones too, its own name.")

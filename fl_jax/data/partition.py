@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fl_jax.errors import FlJaxError
 
@@ -21,11 +22,13 @@ def by_column(values: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, tuple[str
     """The natural partition: the site that each record names. Returns (site int64[R], the sites' names).
 
     values: [R] of integers or strings. Sites are numbered in the order of their names, numbers inside names by value
-    ("site 2" before "site 10"). Raises FlJaxError without records.
+    ("site 2" before "site 10"). Raises FlJaxError without records, and for records whose site is missing (NaN, None).
     """
     column = np.asarray(values)
     if column.ndim != 1 or not len(column):
         raise FlJaxError(f"A site column must be one value for each record, but has the shape {column.shape}.")
+    if (missing := pd.isna(column)).any():
+        raise FlJaxError(f"The site of {missing.sum()} records is missing: name it, or leave these records out.")
     names, code = np.unique(column.astype(str), return_inverse=True)
     order = sorted(range(len(names)), key=lambda i: natural_key(str(names[i])))
     rank = np.empty(len(names), np.int64)
@@ -68,9 +71,9 @@ def shards(rng: np.random.Generator, labels: np.ndarray, num_sites: int, shards_
 def dirichlet_per_client(rng: np.random.Generator, labels: np.ndarray, num_sites: int, alpha: float) -> np.ndarray:
     """Label skew at equal sizes: every site draws its own mix of classes q ~ Dirichlet(alpha p), p the share of each class.
 
-    Hsu et al. 2019, section 3. alpha -> infinity: every site has the population's mix; alpha -> 0: one class each. Sites draw
-    without replacement; once a class is used up, q is renormalised over those left, so late sites depart from their q, as in
-    the published code. (The *per-class* form, with sites of uneven size, is `dirichlet_per_class`.) labels: int[R].
+    Hsu et al. 2019, section 3. alpha -> infinity: every site has the population's mix; alpha -> 0: one class each, as far as it
+    lasts. Sites draw without replacement; once a class is used up, q is renormalised over those left, so late sites depart from
+    their q, as in the published code. (The *per-class* form, with sites of uneven size, is `dirichlet_per_class`.) labels: int[R].
     """
     _check(len(labels), num_sites)
     _check_positive("alpha", alpha)
@@ -85,8 +88,8 @@ def dirichlet_per_client(rng: np.random.Generator, labels: np.ndarray, num_sites
         mix = rng.dirichlet(alpha * prior)
         while size:
             open_mix = np.where(left > 0, mix, 0.0)
-            if not open_mix.sum() > 0:  # every class of this site's mix is used up: take what there is
-                open_mix = left / left.sum()
+            if not open_mix.sum() > 0:  # what is left of q underflowed; renormalised, it is Dirichlet itself (neutrality)
+                open_mix[left > 0] = rng.dirichlet(alpha * prior[left > 0])
             taken = np.minimum(rng.multinomial(size, open_mix / open_mix.sum()), left)
             for k in np.flatnonzero(taken):
                 site[pools[k][left[k] - taken[k] : left[k]]] = i
@@ -124,7 +127,9 @@ def dirichlet_per_class(
             if capped:
                 room = size * num_sites < len(labels)
                 share = np.where(room, share, 0.0)
-                share = share / share.sum() if share.sum() > 0 else room / room.sum()
+                if not share.sum() > 0:  # what is left of it underflowed; renormalised, it is Dirichlet itself (neutrality)
+                    share[room] = rng.dirichlet(np.full(room.sum(), alpha))
+                share = share / share.sum()
             cuts = (np.cumsum(share)[:-1] * len(pool)).astype(np.int64)
             for i, rows in enumerate(np.split(rng.permutation(pool), cuts)):
                 site[rows] = i
@@ -140,8 +145,9 @@ def classes_per_client(
     """Label skew by number: every site holds `num_classes` classes, and a class is divided equally among the sites that hold it.
 
     NIID-Bench's #C = k. As in its code, the first class of the sites goes round, so that every class has an owner;
-    the others are drawn by chance. Drawn anew until no site is empty. labels: int[R]. Raises FlJaxError where there are too few
-    places for all classes, or fewer classes than a site should hold.
+    the others are drawn by chance. Drawn anew until no site is empty; a class of fewer records than owners reaches only some of
+    them. labels: int[R]. Raises FlJaxError where there are too few places for all classes, or fewer classes than a site should
+    hold.
     """
     _check(len(labels), num_sites)
     classes, code = np.unique(labels, return_inverse=True)
@@ -205,15 +211,12 @@ def quantity_dirichlet(
 def apportion(shares: np.ndarray, total: int, *, minimum: int = 0) -> np.ndarray:
     """Whole numbers int64[N] that sum to `total`, in proportion to `shares` (largest remainders), each at least `minimum`."""
     shares = np.asarray(shares, float) / np.sum(shares)
-    exact = minimum + (total - minimum * len(shares)) * shares if minimum else total * shares
-    if minimum:  # proportional where the minimum does not bind, so that it distorts only those that need it
-        bound = total * shares < minimum
+    exact, bound = total * shares, np.zeros(len(shares), bool)
+    # proportional where the minimum does not bind, so that it distorts only those that need it
+    while (low := (exact < minimum)).any():
+        bound |= low
         free = total - minimum * bound.sum()
         exact = np.where(bound, minimum, free * shares / max(shares[~bound].sum(), np.finfo(float).tiny))
-        while (low := (exact < minimum)).any():
-            bound |= low
-            free = total - minimum * bound.sum()
-            exact = np.where(bound, minimum, free * shares / max(shares[~bound].sum(), np.finfo(float).tiny))
     whole = np.floor(exact).astype(np.int64)
     largest = np.argsort(-(exact - whole), kind="stable")[: total - whole.sum()]
     whole[largest] += 1

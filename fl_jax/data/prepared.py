@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,16 @@ def resolve_data_dir(data_dir: str | Path | None = None) -> Path:
     return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets").expanduser()
 
 
-def raw_folder(published: Published, parent: str | Path | None = None) -> Path | None:
+def raw_folder(published: Published, given: str | Path | None = None) -> Path | None:
     """The folder of a data set's raw files, None if there is none.
 
-    parent: a folder with one sub-folder for each data set, or the data set's own; default: the environment's FL_JAX_RAW.
+    given: this folder, or a parent with one sub-folder for each data set; default: the environment's FL_JAX_RAW, such a parent.
     """
-    parent = parent or os.environ.get(RAW)
-    if not parent:
-        return None
-    candidates = [Path(parent).expanduser() / published.name, Path(parent).expanduser()]
-    return next((f for f in candidates if any((f / file.name).is_file() for file in published.files)), None)
+    if given is not None:
+        candidates = [Path(given) / published.name, Path(given)]
+    else:
+        candidates = [Path(os.environ[RAW]).expanduser() / published.name] if os.environ.get(RAW) else []
+    return next((folder for folder in candidates if any((folder / file.name).is_file() for file in published.files)), None)
 
 
 def place_of(published: Published, data_dir: str | Path | None = None) -> Path:
@@ -63,11 +63,10 @@ def is_whole(folder: Path) -> bool:
     """Whether a folder holds a TFDS data set with all its files, by the record that TFDS keeps of them."""
     try:
         info = json.loads((folder / "dataset_info.json").read_text())
+        named = {"DATASET": info["name"], "FILEFORMAT": info.get("fileFormat", "tfrecord")}
         shards = [
-            split["filepathTemplate"].format(
-                DATASET=info["name"], SPLIT=split["name"], FILEFORMAT=info["fileFormat"], SHARD_X_OF_Y=f"{k:05d}-of-{len(lengths):05d}"
-            )
-            for split in info["splits"] for lengths in [split["shardLengths"]] for k in range(len(lengths))
+            split["filepathTemplate"].format(**named, SPLIT=split["name"], SHARD_X_OF_Y=f"{k:05d}-of-{len(split['shardLengths']):05d}")
+            for split in info["splits"] for k in range(len(split["shardLengths"]))
         ]
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -161,6 +160,7 @@ def _write(published: Published, splits: Mapping[str, Columns], staging: Path, p
                 builder=self,
                 description=f"{published.about} Licence: {published.licence}.",
                 features=tfds.features.FeaturesDict(published.features()),
+                supervised_keys=published.supervised,
                 homepage=published.homepage,
                 citation=published.citation,
                 license=published.licence,
@@ -188,10 +188,11 @@ def _write(published: Published, splits: Mapping[str, Columns], staging: Path, p
     return written
 
 
-def read(folder: Path, split: str) -> dict[str, np.ndarray]:
+def read(folder: Path, split: str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """All records of a split of a prepared data set, in the order in which they are kept: one array [R, ...] for each feature.
 
-    Texts are arrays of str. Raises FlJaxError for a split that there is not, features that are not of one shape, and damaged files.
+    names: of the features, default all. Texts are arrays of str. Raises FlJaxError for a split that there is not, features that
+    are not of one shape, and damaged files.
     """
     import tensorflow_datasets as tfds
 
@@ -203,8 +204,8 @@ def read(folder: Path, split: str) -> dict[str, np.ndarray]:
         columns: dict[str, np.ndarray] = {}
         for start in range(0, len(source), _CHUNK):
             chunk = source.__getitems__(range(start, min(start + _CHUNK, len(source))))
-            for name in chunk[0]:
-                part = np.asarray([record[name] for record in chunk])
+            for name in names or chunk[0]:
+                part = _stack(folder, name, [record[name] for record in chunk])
                 if name not in columns:
                     columns[name] = np.empty((len(source), *part.shape[1:]), object if part.dtype.kind in "SO" else part.dtype)
                 columns[name][start : start + len(part)] = part
@@ -213,3 +214,9 @@ def read(folder: Path, split: str) -> dict[str, np.ndarray]:
     except Exception as error:  # what TFDS and array_record raise for a damaged file has no type of its own
         raise FlJaxError(f"The data set in '{folder}' cannot be read ({error}): remove this folder and prepare it again.") from error
     return {name: np.char.decode(c.astype(bytes), "utf-8") if c.dtype == object else c for name, c in columns.items()}
+
+
+def _stack(folder: Path, name: str, values: list[Any]) -> np.ndarray:
+    if len({np.shape(value) for value in values}) > 1 or isinstance(values[0], dict):
+        raise FlJaxError(f"Feature '{name}' of the data set in '{folder}' differs in shape between records, or is no array: bring it to one shape.")
+    return np.asarray(values)

@@ -30,6 +30,7 @@ class Published(NamedTuple):
     record is and where from. features: () -> the TFDS features of a record, by name; called when TFDS is needed.
     parse: (folder of raw files) -> split -> Columns, in the order in which records are kept. It raises FlJaxError unless the
     files hold what was published, to the last digit: what is wrong is named by file, and by line where there are lines.
+    supervised: the features that are x and y, where it is these two.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Published(NamedTuple):
     files: tuple[RawFile, ...]
     features: Callable[[], dict[str, Any]]
     parse: Callable[[Path], Mapping[str, Columns]]
+    supervised: tuple[str, str] | None = None
 
 
 def read_bytes(path: Path) -> bytes:

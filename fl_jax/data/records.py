@@ -97,8 +97,11 @@ def check_features(what: str, records: Records, names: Sequence[str], feature_na
 
 
 def check_labels(what: str, records: Records, names: Sequence[str], num_classes: int) -> None:
-    """Raise FlJaxError unless y is finite and, with num_classes > 0, one integer array of classes 0 ... num_classes - 1."""
+    """Raise FlJaxError unless y is finite numbers and, with num_classes > 0, one integer array of classes 0 ... num_classes - 1."""
     y = records.y
+    for leaf in jax.tree.leaves(y):
+        if not (np.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool):
+            raise FlJaxError(f"The labels of the {what} must be numbers, but are {leaf.dtype}: number the classes from 0.")
     if any(np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all() for leaf in jax.tree.leaves(y)):
         raise FlJaxError(f"The labels of the {what} are not all finite: drop the records whose y is NaN or infinite.")
     if not num_classes:

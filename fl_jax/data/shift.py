@@ -1,8 +1,9 @@
 """Feature shift between sites: a simulated measurement calibration, x' = gain x + offset + noise.
 
 What a scanner, an assay or a microphone does to the same patient at another site. Labels do not change: p(x) differs between
-sites, p(y) does not ("feature distribution skew" in Li et al. 2022, arXiv 2102.02079, whose noise level grows with the site, is
-`Calibration(gain=1, offset=0, noise=sigma i / N)`; Kairouz et al. 2021, arXiv 1912.04977, section 3.1, calls it covariate shift).
+sites, p(y) does not (Kairouz et al. 2021, arXiv 1912.04977, section 3.1, call it covariate shift). In the noise-based feature
+skew of Li et al. 2022 (NIID-Bench, arXiv 2102.02079) the noise grows with the site: site i = 0 ... N - 1 of its published code has
+`Calibration(gain=1, offset=0, noise=sigma i / (N - 1))`, whereas the paper writes a variance of sigma i / N.
 """
 
 from collections.abc import Sequence
@@ -91,9 +92,12 @@ def calibrate(rng: np.random.Generator, x: np.ndarray, site: np.ndarray | int, c
 def shift_features(rng: np.random.Generator, dataset: FederatedDataset, calibration: PyTree) -> FederatedDataset:
     """The data set as measured under a calibration of its N sites followed by its unseen sites; a site keeps it in every split.
 
-    calibration: a Calibration, or a pytree of them like x, each of N + number of unseen sites. Adds a note that says so.
+    calibration: a Calibration, or a pytree of them like x, each of N + number of unseen sites. Adds a note that says so. Raises
+    FlJaxError for calibrations that do not fit the data set.
     """
-    leaves = jax.tree.leaves(calibration, is_leaf=lambda c: isinstance(c, Calibration))
+    leaves, like = jax.tree.flatten(calibration, is_leaf=lambda c: isinstance(c, Calibration))
+    if like != jax.tree.structure(dataset.train.x) or not all(isinstance(leaf, Calibration) for leaf in leaves):
+        raise FlJaxError(f"Features of the structure {jax.tree.structure(dataset.train.x)} need one Calibration for each array, not {like}.")
     expected = dataset.num_sites + len(dataset.unseen_names)
     for leaf in leaves:
         if len(leaf.gain) != expected:

@@ -5,6 +5,7 @@ and a site's own units never all go to validation and test. Everything else is a
 """
 
 import numpy as np
+import pandas as pd
 
 from fl_jax.errors import FlJaxError
 
@@ -40,18 +41,22 @@ def split_records(
     is given; the rest trains. label: int[R] to stratify by (a group counts by its most frequent label); None does not stratify.
     A group that visits several sites is drawn where most of its records are and keeps that split everywhere. test_only: bool[R],
     records that may not be learned from (their groups are seen at a held-out site): all records of their groups become TEST.
-    Raises FlJaxError for fractions that are negative or leave nothing to train on.
+    Raises FlJaxError for fractions that are negative or leave nothing to train on, other labels and missing groups (NaN, None).
     """
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise FlJaxError(
             f"The split fractions validation={validation:g} and test={test:g} leave nothing to train on: give numbers that are "
             "not negative and whose sum is below 1."
         )
+    if label is not None and not (np.issubdtype(np.asarray(label).dtype, np.integer) and np.min(label, initial=0) >= 0):
+        raise FlJaxError("The labels to stratify a split by must be integers from 0: number the strata.")
+    if group is not None and (missing := pd.isna(group)).any():
+        raise FlJaxError(f"The group of {missing.sum()} records is missing: fill it in, or give each of them a group of its own.")
     num_records = len(site)
     unit = np.arange(num_records) if group is None else np.unique(group, return_inverse=True)[1].reshape(-1)
     num_units = int(unit.max(initial=-1)) + 1
     home = _most_frequent(unit, np.asarray(site), num_units)
-    stratum = np.zeros(num_units, np.int64) if label is None else _most_frequent(unit, np.asarray(label), num_units)
+    stratum = np.zeros(num_units, np.int64) if label is None else _most_frequent(unit, np.asarray(label, np.int64), num_units)
     barred = np.zeros(num_units, bool)
     if test_only is not None:
         barred[unit[test_only]] = True

@@ -57,8 +57,8 @@ def standardize_features(
     chosen = np.zeros(train.shape[1], bool)
     chosen[np.arange(train.shape[1]) if columns is None else np.asarray(columns, np.int64)] = True
     mean, deviation = statistics(train.astype(np.float64), dataset.train.offsets)
-    # a constant column's deviation is a rounding error away from 0, not exactly 0
-    constant = deviation <= 1e-12 * np.maximum(np.abs(mean), 1.0)
+    # a constant column's deviation is a rounding error of its value away from 0, not exactly 0
+    constant = deviation <= 1e-12 * np.abs(mean)
     mean, deviation = np.where(chosen, mean, 0.0), np.where(chosen & ~constant, deviation, 1.0)
 
     def scale(records: Records, site: np.ndarray) -> Records:

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fl_jax.data.arrays import from_arrays
+from fl_jax.data.federated import FederatedDataset
 from fl_jax.errors import FlJaxError
 
 FEATURES = 60
@@ -54,3 +56,43 @@ def synthetic(rng: np.random.Generator, alpha: float, beta: float, sizes: np.nda
         x.append(features.astype(np.float32))
         y.append(np.argmax(features @ kernel + bias, axis=1).astype(np.int32))
     return Synthetic(np.concatenate(x), np.concatenate(y), np.repeat(np.arange(num_sites), sizes))
+
+
+def fedprox_synthetic(
+    seed: int, alpha: float, beta: float, *, num_sites: int = 30, validation: float = 0.0, largest: int | None = None
+) -> FederatedDataset:
+    """FedProx's Synthetic(alpha, beta) as its published code makes it: x float32[R, 60], y int32[R], 10 classes, 30 devices.
+
+    Sizes are `synthetic_sizes`, records `synthetic`; of each device's n records, in an order drawn by chance, int(.9 n) train and the
+    others test. seed draws everything (the published code always takes 0, and shuffles without a seed). validation: a fraction of
+    each device's training records. largest: a cap on the records of a device, which the published code has not.
+    """
+    return _published(seed, alpha, beta, False, num_sites, validation, largest)
+
+
+def fedprox_iid(seed: int, *, num_sites: int = 30, validation: float = 0.0, largest: int | None = None) -> FederatedDataset:
+    """FedProx's Synthetic-IID: one labelling W, b ~ N(0, 1) and x ~ N(0, diag(j ** -1.2)) for all devices; else `fedprox_synthetic`."""
+    return _published(seed, 0.0, 0.0, True, num_sites, validation, largest)
+
+
+def _published(
+    seed: int, alpha: float, beta: float, iid: bool, num_sites: int, validation: float, largest: int | None
+) -> FederatedDataset:
+    rng = np.random.default_rng(seed)
+    sizes = synthetic_sizes(rng, num_sites, largest=largest)
+    x, y, site = synthetic(rng, alpha, beta, sizes, iid=iid)
+    # the generator draws the records of a device alike, so a shuffle is one of which of them test
+    rank = np.concatenate([rng.permutation(size) for size in sizes])
+    name = "Synthetic-IID" if iid else f"Synthetic({alpha:g}, {beta:g})"
+    return from_arrays(
+        x,
+        y,
+        site,
+        name=name,
+        seed=rng,
+        validation=validation,
+        test=rank >= (0.9 * sizes).astype(np.int64)[site],
+        site_names=[f"device {k:0{len(str(num_sites - 1))}d}" for k in range(num_sites)],
+        num_classes=CLASSES,
+        notes=(f"Simulated: everything, as by the published code of FedProx (arXiv 1812.06127); {name}, seed {seed}.",),
+    )

@@ -4,19 +4,17 @@ import gzip
 import math
 import zlib
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fl_jax.data.prepared import ensure, read
 from fl_jax.data.published import Columns, Published, RawFile, check_content, read_bytes
 from fl_jax.data.source import Source
+from fl_jax.data.sources.images import IMAGE, image_features, image_source
 from fl_jax.errors import FlJaxError
 
 _SPLITS = {"train": ("train", 60_000), "test": ("t10k", 10_000)}
-_SHAPE = (28, 28)
 _Digests = Mapping[str, tuple[str, str]]  # split -> sha256 of the unzipped images and labels
 
 
@@ -45,19 +43,10 @@ def _parse(digests: _Digests, folder: Path) -> Mapping[str, Columns]:
         number = _SPLITS[split][1]
         images, labels = _files(split)
         splits[split] = {
-            "image": read_idx(folder / images, (number, *_SHAPE), of_images)[..., None],
+            "image": read_idx(folder / images, (number, *IMAGE), of_images)[..., None],
             "label": read_idx(folder / labels, (number,), of_labels).astype(np.int64),
         }
     return splits
-
-
-def _features(class_names: tuple[str, ...]) -> dict[str, Any]:
-    import tensorflow_datasets as tfds
-
-    return {
-        "image": tfds.features.Tensor(shape=(*_SHAPE, 1), dtype=np.uint8, encoding="bytes"),
-        "label": tfds.features.ClassLabel(names=list(class_names)),
-    }
 
 
 def _published(name: str, url: str, digests: _Digests, class_names: tuple[str, ...], **about: str) -> Published:
@@ -65,8 +54,9 @@ def _published(name: str, url: str, digests: _Digests, class_names: tuple[str, .
         name=name,
         version="1.0.0",
         files=tuple(RawFile(file, url + file) for split in _SPLITS for file in _files(split)),
-        features=partial(_features, class_names),
+        features=partial(image_features, class_names),
         parse=partial(_parse, digests),
+        supervised=("image", "label"),
         **about,
     )
 
@@ -122,24 +112,9 @@ def mnist(split: str = "train", *, data_dir: str | Path | None = None) -> Source
 
     Both arrays are read-only, and read once in a process. Raises DataMissing where the data are not on this machine.
     """
-    return _source(MNIST, DIGITS, split, data_dir)
+    return image_source(MNIST, DIGITS, split, data_dir)
 
 
 def fashion_mnist(split: str = "train", *, data_dir: str | Path | None = None) -> Source:
     """Fashion-MNIST: x uint8[R, 28, 28, 1], y int32[R]; everything else as for `mnist`."""
-    return _source(FASHION_MNIST, CLOTHES, split, data_dir)
-
-
-def _source(published: Published, class_names: tuple[str, ...], split: str, data_dir: str | Path | None) -> Source:
-    x, y = _arrays(ensure(published, data_dir), split)
-    note = f"Real: {len(y):,} images of {published.about.split(':')[0]}, official {split} split."
-    return Source(published.name, x, y, class_names, (), (note,))
-
-
-@lru_cache(maxsize=4)
-def _arrays(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    columns = read(folder, split)
-    x, y = columns["image"], columns["label"].astype(np.int32)
-    for array in (x, y):
-        array.setflags(write=False)  # all who ask get the same
-    return x, y
+    return image_source(FASHION_MNIST, CLOTHES, split, data_dir)
