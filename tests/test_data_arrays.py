@@ -54,6 +54,10 @@ def test_from_arrays_site_of_one_record_trains_and_has_no_test():
         ({"y": np.zeros(4, int)}, "10 sites of records, but y has the shape \\[4\\]"),
         ({"group": [1, 2]}, "group has the shape"),
         ({"unseen": ["9"]}, "'9' is no site"),
+        ({"unseen": ["0", "1"]}, "leaves nothing to train on"),
+        ({"label": np.zeros(4, int)}, "label has the shape"),
+        ({"y": np.array(["a", "b"] * 5)}, "labels of the training records .* must be numbers"),
+        ({"site": np.array([np.nan] + [1.0] * 9)}, "site of 1 records is missing"),
         ({"site_names": ["only"]}, "integers from 0 to 0"),
         ({"y": np.array([0] * 9 + [-1])}, "label -1"),
     ],
@@ -62,3 +66,10 @@ def test_from_arrays_names_mistakes(change, message):
     arguments = {"x": np.zeros((10, 1)), "y": np.arange(10) % 2, "site": np.arange(10) % 2}
     with pytest.raises(FlJaxError, match=message):
         from_arrays(**{**arguments, **change})
+
+
+def test_truth_values_are_two_classes_and_sites_may_be_held_out_by_number_or_one_name():
+    x, y, site = np.zeros((24, 1)), np.arange(24) % 2 > 0, np.array([1, 2, 12])[np.arange(24) % 3]
+    data = from_arrays(x, y, site, unseen=[12])
+    assert data.num_classes == 2 and data.train.y.dtype == np.int32 and data.unseen_names == ("12",)
+    assert from_arrays(x, y, site, unseen="12").site_names == ("1", "2")  # and not the sites 1 and 2

@@ -60,6 +60,8 @@ NUMBERS = "".join(f"a,{i},{i % 2}\n" for i in range(20))
         (HEAD + "".join(f"a,t{i},{i % 2}\n" for i in range(60)), "60 different texts"),
         (HEAD + "".join(f"a,1,{i}.5\n" for i in range(60)), "does not look like classes"),
         ("site,label\na,0\na,1\n", "has no feature"),
+        ("site;x;label\na;1;0\n", "is the delimiter right"),
+        (HEAD + 'a,"1,5",0\na,"2,5",1\na,3,1\n', "line 2: column 'x' holds '1,5', a number with a decimal comma"),
     ],
 )
 def test_mistakes_are_named_with_their_line(tmp_path, text, message):
@@ -80,3 +82,23 @@ def test_missing_group_wrong_encoding_and_missing_file(tmp_path):
         parse_csv(tmp_path / "nowhere.csv", "site", "label")
     with pytest.raises(FlJaxError, match="cannot be read"):
         parse_csv(tmp_path, "site", "label")
+
+
+def test_blank_lines_are_no_records_and_codes_with_an_underscore_no_numbers(tmp_path):
+    text = "\n  \nsite,x,label\na,1_2,0\n \na,1_3,1\n\n"
+    assert parse_csv(write(tmp_path, text), "site", "label").columns[0].levels == ("1_2", "1_3")
+    with pytest.raises(FlJaxError, match="line 6: column 'x' is infinite"):
+        parse_csv(write(tmp_path, text.replace("1_3", "inf").replace("1_2", "1")), "site", "label")
+
+
+@pytest.mark.parametrize("delimiter", ["", ";;", "\n"])
+def test_a_delimiter_is_one_character(tmp_path, delimiter):
+    with pytest.raises(FlJaxError, match="delimiter must be one character"):
+        parse_csv(write(tmp_path, GOOD), "clinic", "outcome", delimiter=delimiter)
+
+
+def test_row_numbers_without_a_name_are_refused_unless_dropped(tmp_path):
+    path = write(tmp_path, ",site,x,label\n0,a,1,0\n1,a,2,1\n")
+    with pytest.raises(FlJaxError, match="Column 1 of .* has no name"):
+        parse_csv(path, "site", "label")
+    assert [column.name for column in parse_csv(path, "site", "label", drop=[""]).columns] == ["x"]

@@ -66,6 +66,9 @@ MISTAKES = [
     ({"unseen_names": ("a",)}, "two sites named 'a'"),
     ({"missing": {"z": 1}}, "'z', which is none of its sites"),
     ({"site_names": ()}, "has no site"),
+    ({"site_names": ("a", "", "c")}, "a site named ''"),
+    ({"site_names": ("a", "b\nb", "c")}, "a name is one line"),
+    ({"unseen_names": ("mean",)}, "a site named 'mean'"),
 ]
 
 
@@ -175,6 +178,7 @@ def test_hold_out_moves_all_of_a_site_and_nothing_else():
     np.testing.assert_array_equal(held.unseen.x[2:], moved)
     np.testing.assert_array_equal(held.train.x, data.train.x[3:])
     np.testing.assert_array_equal(held.test.y, data.test.y[2:])
+    assert hold_out(replace(data, site_names=("a", "b", "ab")), "ab").site_names == ("a", "b")
     same = hold_out(data, [])
     np.testing.assert_array_equal(same.unseen.x, data.unseen.x)
     with pytest.raises(FlJaxError, match="'z' is no site .* 'a', 'b', 'c'"):

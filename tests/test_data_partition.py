@@ -150,8 +150,24 @@ def test_by_column_orders_sites_as_people_do():
         (lambda r: partition.shards(r, LABELS, 5, 0), "at least one shard"),
         (lambda r: partition.iid(r, 10, 0), "at least one site"),
         (lambda r: partition.by_column([]), "one value for each record"),
+        (lambda r: partition.by_column(np.array([1.0, np.nan])), "site of 1 records is missing"),
+        (lambda r: partition.by_column([None, "a", None]), "site of 2 records is missing"),
     ],
 )
 def test_mistakes_are_named(call, message):
     with pytest.raises(FlJaxError, match=message):
         call(np.random.default_rng(0))
+
+
+def test_per_client_dirichlet_with_a_small_alpha_stays_at_few_classes_to_the_end():
+    """Where all classes of a site's mix are used up, the rest comes from another sparse mix, not from every class that is left."""
+    for seed in range(20):
+        counts = table(partition.dirichlet_per_client(np.random.default_rng(seed), LABELS, 20, 1e-6), 20)
+        # sites of 20 of at least 40 a class: a site finishes at most one class and begins another; only the last ones see scraps
+        assert np.mean((counts > 0).sum(1) <= 2) >= 0.8
+
+
+def test_capped_per_class_dirichlet_with_a_small_alpha_gives_each_class_to_one_site():
+    for seed in range(20):
+        site = partition.dirichlet_per_class(np.random.default_rng(seed), LABELS, 3, 1e-6, min_size=1)
+        assert ((table(site, 3) > 0).sum(0) == 1).all()

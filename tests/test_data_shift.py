@@ -62,6 +62,9 @@ def test_a_site_keeps_its_calibration_in_every_split_unseen_ones_last():
     assert any("Simulated" in note for note in shifted.notes)
     with pytest.raises(FlJaxError, match="2 sites and 1 unseen ones, but the calibration is for 2"):
         shift_features(rng, data, draw_calibration(rng, 2, scale=np.ones(2)))
+    two = from_arrays({"a": np.zeros((6, 2)), "b": np.zeros((6, 2))}, np.arange(6) % 2, np.zeros(6, int))
+    with pytest.raises(FlJaxError, match="one Calibration for each array"):
+        shift_features(rng, two, draw_calibration(rng, 1, scale=np.ones(2)))
 
 
 @pytest.mark.parametrize(

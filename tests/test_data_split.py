@@ -71,3 +71,27 @@ def test_seed_decides_the_split():
 def test_fractions_that_leave_nothing_are_refused(validation, test):
     with pytest.raises(FlJaxError, match="leave nothing to train on"):
         split_records(np.random.default_rng(0), np.zeros(4, int), validation=validation, test=test)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"label": np.array([0, -1, 0, 1])}, "integers from 0"),
+        ({"label": np.zeros(4)}, "integers from 0"),
+        ({"group": np.array([1, np.nan, 2, np.nan])}, "group of 2 records is missing"),
+        ({"group": np.array(["p", None, "q", "p"])}, "group of 1 records is missing"),
+    ],
+)
+def test_what_cannot_be_split_by_is_named(change, message):
+    with pytest.raises(FlJaxError, match=message):
+        split_records(np.random.default_rng(0), np.zeros(4, int), validation=0.2, test=0.2, **change)
+
+
+def test_labels_of_any_integer_type_stratify_alike():
+    label = np.arange(40) % 3
+    draws = [
+        split_records(np.random.default_rng(0), np.zeros(40, int), validation=0.2, test=0.2, label=label.astype(kind))
+        for kind in (np.int64, np.uint8, np.uint64)
+    ]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    np.testing.assert_array_equal(draws[0], draws[2])

@@ -55,3 +55,8 @@ def test_chosen_columns_only_and_as_measured():
     np.testing.assert_array_equal(standardize_features(data, as_measured).test.x, data.test.x.astype(np.float32))
     with pytest.raises(FlJaxError, match="not one table"):
         standardize_features(from_arrays(np.zeros((4, 2, 2)), [0, 1, 0, 1], [0, 0, 0, 0]))
+
+
+def test_a_column_in_a_small_unit_is_not_taken_for_a_constant():
+    x = np.random.default_rng(0).normal(2e-14, 1e-14, (40, 1))
+    assert standardize_features(from_arrays(x, np.arange(40) % 2, np.zeros(40, int))).train.x.std() == pytest.approx(1, rel=1e-5)

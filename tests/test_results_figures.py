@@ -101,8 +101,8 @@ def test_per_site_sorts_sites_and_rings_the_worst(higher_is_better: bool) -> Non
 
 
 def many_arms(value: float = 0.5) -> pd.DataFrame:
-    arms = [f"arm {i}" for i in range(30)]
-    return frame(MetricRow(arm, seed, 1, "test", site, "AUROC", value) for arm in arms for seed in (0, 1) for site in ("A", "mean"))
+    each = itertools.product([f"arm {i}" for i in range(30)], (0, 1), ("A", "mean"))
+    return frame(MetricRow(arm, seed, 1, "test", site, "AUROC", value) for arm, seed, site in each)
 
 
 def test_thirty_arms_are_told_apart_and_all_named_inside_the_figure() -> None:

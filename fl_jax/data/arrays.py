@@ -42,9 +42,9 @@ def from_arrays(
     validation, test: fractions of every site's records for validation and test; where the source says which records are for
     testing, test is bool[R], and validation a fraction of the others. group: [R], e.g. the patient of each record: no group is in
     two splits, nor in training and at an unseen site. unseen: sites to hold out whole.
-    num_classes: None finds it for integer y [R] (largest label + 1; bool counts as 0 and 1); 0 says that y is no class. label: int[R] from 0 to stratify
-    the splits by, None for y itself where it is one class per record. Raises FlJaxError for lengths that differ, unknown names, a
-    group of which only a part is given for testing, and what FederatedDataset refuses.
+    num_classes: None finds it for integer y [R] (largest label + 1; bool is 0 and 1); 0 says that y is no class. label: int[R]
+    from 0 to stratify the splits by, None for y itself where it is one class per record. Raises FlJaxError for lengths that differ,
+    unknown names, missing sites or groups, a group of which only a part is given for testing, and what FederatedDataset refuses.
     """
     x, y = (jax.tree.map(np.asarray, tree, is_leaf=lambda node: isinstance(node, list)) for tree in (x, y))
     if isinstance(y, np.ndarray) and y.dtype == bool:
@@ -90,7 +90,7 @@ def from_arrays(
         code[free],
         validation=validation,
         test=float(test) if given is None else 0.0,
-        label=None if label is None else columns["label"][free],
+        label=None if label is None else np.asarray(label)[free],
         group=None if group is None else columns["group"][free],
         test_only=held_out[free],
     )

@@ -96,8 +96,9 @@ def shift_features(rng: np.random.Generator, dataset: FederatedDataset, calibrat
     FlJaxError for calibrations that do not fit the data set.
     """
     leaves, like = jax.tree.flatten(calibration, is_leaf=lambda c: isinstance(c, Calibration))
-    if like != jax.tree.structure(dataset.train.x) or not all(isinstance(leaf, Calibration) for leaf in leaves):
-        raise FlJaxError(f"Features of the structure {jax.tree.structure(dataset.train.x)} need one Calibration for each array, not {like}.")
+    structure = jax.tree.structure(dataset.train.x)
+    if structure != like or not all(isinstance(leaf, Calibration) for leaf in leaves):  # type: ignore[operator]
+        raise FlJaxError(f"Features of the structure {structure} need one Calibration for each array of them, not {like}.")
     expected = dataset.num_sites + len(dataset.unseen_names)
     for leaf in leaves:
         if len(leaf.gain) != expected:

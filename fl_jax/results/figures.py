@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from fl_jax.results.rows import OVER_SITES
+from fl_jax.data.federated import OVER_SITES
 from fl_jax.results.seeds import last_round, over_seeds, select
 from fl_jax.statistics import Bounds, Interval
 
@@ -116,7 +116,8 @@ def per_site(
             axes.plot(*worst, "o", markerfacecolor="none", markeredgecolor=color, markersize=9, markeredgewidth=1.0)
     for y, site in enumerate(ordered):
         if not any((arm, site) in table for arm in names):
-            axes.annotate("no finite value", (0.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=_SMALL, color=_GREY)
+            where = ("axes fraction", "data")
+            axes.annotate("no finite value", (0.01, y), xycoords=where, va="center", fontsize=_SMALL, color=_GREY)
         if y % 2 == 0 and site != "mean":
             axes.axhspan(y - 0.5, y + 0.5, color="#F5F5F5", linewidth=0, zorder=0)
     if ordered != sites:
@@ -179,7 +180,13 @@ def _legend(figure: Figure, arms: dict[str, Line2D], max_columns: int = 4) -> No
     columns = min(len(arms), max_columns)
     order = [arm for i in range(columns) for arm in list(arms)[i::columns]]
     figure.legend(
-        [arms[arm] for arm in order], order, loc="outside upper center", ncols=columns, frameon=False, fontsize=_FONT, handletextpad=0.2
+        [arms[arm] for arm in order],
+        order,
+        loc="outside upper center",
+        ncols=columns,
+        frameon=False,
+        fontsize=_FONT,
+        handletextpad=0.2,
     )
 
 

@@ -5,13 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from fl_jax.data.federated import OVER_SITES
 from fl_jax.evaluation import SiteMetrics, UnseenMetrics
 from fl_jax.metrics import why_undefined
 from fl_jax.results.run_folder import MetricRow
 from fl_jax.types import RoundMetrics
-
-OVER_SITES = ("all", "mean", "worst", "std")
-"""What stands in the column of sites where a number is of several: records pooled, and mean, worst and spread over sites."""
 
 
 def evaluation_rows(
