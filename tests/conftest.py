@@ -1,7 +1,9 @@
 """The machine that the tests run on, and the small federation that they share."""
 
 import os
+from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 # The tests spend their time compiling programs that run for milliseconds: LLVM's optimizations and the newer emitters do not pay.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
@@ -77,3 +79,32 @@ def plain_model() -> Model:
 @pytest.fixture(scope="session")
 def normed_model() -> Model:
     return models.bridge(NormedNet(), jnp.zeros((1, FEATURES)), models.softmax_cross_entropy)
+
+
+@pytest.fixture(scope="session")
+def raw_files() -> Callable[[str], Path]:
+    """(name of a published data set) -> folder of its raw files; the test is skipped where this machine does not have them."""
+    parent = Path(os.environ.get("FL_JAX_RAW") or Path(__file__).parents[2] / "shared" / "data")
+
+    def folder(name: str) -> Path:
+        if not (parent / name).is_dir():
+            pytest.skip(f"the raw files of '{name}' are not on this machine: name a folder that holds them by FL_JAX_RAW")
+        return parent / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def published_data(raw_files, tmp_path_factory) -> Callable[[str], Path]:
+    """(name of a published data set) -> a data_dir in which it is prepared, once for all tests and all workers; or a skip."""
+    from fl_jax.data import prepared
+    from fl_jax.data.catalog import published
+
+    base = tmp_path_factory.getbasetemp()
+    data_dir = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "published"
+
+    def prepare(name: str) -> Path:
+        prepared.prepare(published(name), folder=raw_files(name), data_dir=data_dir, progress=False)
+        return data_dir
+
+    return prepare

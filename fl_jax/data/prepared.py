@@ -205,18 +205,20 @@ def read(folder: Path, split: str, names: Sequence[str] | None = None) -> dict[s
         for start in range(0, len(source), _CHUNK):
             chunk = source.__getitems__(range(start, min(start + _CHUNK, len(source))))
             for name in names or chunk[0]:
-                part = _stack(folder, name, [record[name] for record in chunk])
+                part = _stack(folder, name, builder.info.features[name], [record[name] for record in chunk])
                 if name not in columns:
-                    columns[name] = np.empty((len(source), *part.shape[1:]), object if part.dtype.kind in "SO" else part.dtype)
+                    columns[name] = np.empty((len(source), *part.shape[1:]), part.dtype)
                 columns[name][start : start + len(part)] = part
     except FlJaxError:
         raise
     except Exception as error:  # what TFDS and array_record raise for a damaged file has no type of its own
         raise FlJaxError(f"The data set in '{folder}' cannot be read ({error}): remove this folder and prepare it again.") from error
-    return {name: np.char.decode(c.astype(bytes), "utf-8") if c.dtype == object else c for name, c in columns.items()}
+    return {name: column.astype(str) if column.dtype == object else column for name, column in columns.items()}
 
 
-def _stack(folder: Path, name: str, values: list[Any]) -> np.ndarray:
+def _stack(folder: Path, name: str, feature: Any, values: list[Any]) -> np.ndarray:
     if len({np.shape(value) for value in values}) > 1 or isinstance(values[0], dict):
         raise FlJaxError(f"Feature '{name}' of the data set in '{folder}' differs in shape between records, or is no array: bring it to one shape.")
-    return np.asarray(values)
+    if isinstance(values[0], bytes):
+        return np.asarray([value.decode() for value in values], object)  # of any length
+    return np.asarray(values, feature.np_dtype)  # TFDS decodes scalars to Python's numbers

@@ -92,7 +92,7 @@ def read_rows(path: Path, sha256: str, *, rows: int, columns: int | Sequence[str
         raise FlJaxError(f"'{path}', line {reader.line_num}: this line cannot be read ({error}); get the file again.") from error
     if count != rows:
         why = "the file is truncated" if count < rows else "lines were added"
-        raise FlJaxError(f"'{path}', line {reader.line_num}: the file ends after {count} records, expected {rows}: {why}; get it again.")
+        raise FlJaxError(f"'{path}', line {max(reader.line_num, 1)}: the file ends after {count} records, expected {rows}: {why}; get it again.")
     check_content(path, content, sha256)
 
 

@@ -28,7 +28,7 @@ _SPLITS = {
 def _parse(folder: Path) -> Mapping[str, Columns]:
     path = folder / _FILE
     try:
-        with disk_errors(f"read the raw file '{path}'"), np.load(path) as arrays:
+        with disk_errors(f"read the raw file '{path}'"), open(path, "rb") as file, np.load(file) as arrays:
             held = {key: arrays[key] for key in arrays.files}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, FlJaxError):
