@@ -45,6 +45,7 @@ def test_losses_equal_sklearn_and_numpy():
     assert np.isnan(loss.record(outputs, y.at[0].set(3))[0])
     logit, label = outputs[:, :1], jnp.array([0, 1, 1, 0, 1, 1])
     close(models.sigmoid_cross_entropy.batch(logit, label, mask), log_loss(label[rows], jax.nn.sigmoid(logit)[rows, 0]))
+    assert np.isnan(models.sigmoid_cross_entropy.record(logit, label.at[1].set(2))).tolist() == [False, True] + [False] * 4
     close(models.squared_error.batch(outputs, outputs + 2, mask), 4.0)
     close(models.squared_error.batch(logit, logit[:, 0] - 3, mask), 9.0)
 
@@ -372,7 +373,24 @@ def test_modules_that_would_silently_misbehave_are_refused():
             self.norm = NormOfMyOwn(5, rngs=rngs)
 
     loss = models.softmax_cross_entropy
-    for module, words in ((Deterministic(), "deterministic"), (AlwaysMeasuring(), "evaluation mode"), (Needy(), "lengths")):
+    class NeedsMask(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask):
+            return x * mask[:, None]
+
+    class AlwaysNoisy(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x + jax.random.normal(self.make_rng("noise"), x.shape)
+
+    for module, words in (
+        (Deterministic(), "deterministic"),
+        (AlwaysMeasuring(), "evaluation mode"),
+        (AlwaysNoisy(), "random numbers in evaluation mode"),
+        (Needy(), "lengths"),
+        (NeedsMask(), "mask=None"),
+        (models.TwoNN, "an instance of a flax linen module"),
+    ):
         with pytest.raises(FlJaxError, match=words):
             models.bridge(module, EXAMPLE, loss)
     with pytest.raises(FlJaxError, match="NormOfMyOwn"):
@@ -384,6 +402,20 @@ def test_modules_that_would_silently_misbehave_are_refused():
             jax.eval_shape(model.loss, key(0), *model.init(key(0)), batch)
     with pytest.raises(FlJaxError, match="leading axis"):
         models.bridge(Plain(), jnp.zeros(()), loss)
+
+
+def test_images_that_cannot_be_convolved_are_named():
+    with pytest.raises(FlJaxError, match="channel axis"):
+        models.bridge(models.FedAvgCNN(), jnp.zeros((2, 28, 28)), models.softmax_cross_entropy)
+    with pytest.raises(FlJaxError, match="does not fit an image of"):
+        models.bridge(models.PflCifarCNN(), jnp.zeros((2, 4, 4, 3)), models.softmax_cross_entropy)
+    with pytest.raises(FlJaxError, match="use im2col"):
+        models.minimal_filtering(jnp.zeros((1, 5, 5, 1)), jnp.zeros((3, 3, 1, 1)), (2, 2), ((0, 0), (0, 0)))
+
+
+def test_an_example_of_float64_is_what_jax_makes_of_it():
+    model = models.bridge(Plain(), np.zeros((2, 4)), models.softmax_cross_entropy)
+    assert jax.eval_shape(model.init, key(0)).params["Dense_0"]["kernel"].dtype == jnp.float32
 
 
 # ----------------------------------------------------------------------------------------------------------- architectures

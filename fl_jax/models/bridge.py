@@ -34,8 +34,8 @@ def bridge(
 ) -> Model:
     """Makes a Model of a flax linen module.
 
-    module: called as module(x), with train=True or False if its `__call__` has an argument `train`, and with mask=float32[B]
-        if it has an argument `mask`. BatchNorm layers get the mask in any case, so that padding rows are invisible.
+    module: called as module(x), with train=True or False if its `__call__` has an argument `train`, and in training with
+        mask=float32[B] if it has an argument `mask`. BatchNorm layers get the mask in any case, so that padding rows are invisible.
     example_x: x of one batch [B, ...] (arrays or jax.ShapeDtypeStruct) as the data hold it; only shapes and dtypes are read.
     preprocess: applied to x first, e.g. `images_uint8`.
 
@@ -44,8 +44,11 @@ def bridge(
     leaves the statistics as they are.
 
     Raises FlJaxError: the module has state beside "params" and "batch_stats"; its `__call__` needs other arguments, or names its
-    training switch otherwise; it updates statistics in evaluation mode; a BatchNorm sees inputs whose rows are not the batch's.
+    training switch otherwise; it updates statistics or draws random numbers in evaluation mode; a BatchNorm sees inputs whose rows
+    are not the batch's.
     """
+    if not isinstance(module, nn.Module):
+        raise FlJaxError("bridge takes an instance of a flax linen module, such as TwoNN(10); an nnx module goes to bridge_nnx.")
     flags = call_flags(type(module).__call__, 2)
     prepare = preprocess or (lambda x: x)
     evaluation: dict[str, Any] = {"train": False} if "train" in flags else {}
@@ -101,6 +104,11 @@ def bridge(
                 f"{type(module).__name__} updates its statistics in evaluation mode; give its __call__ an argument `train` and its "
                 "BatchNorm layers use_running_average=not train."
             ) from error
+        except flax_errors.InvalidRngError as error:
+            raise FlJaxError(
+                f"{type(module).__name__} draws random numbers in evaluation mode; give its __call__ an argument `train` and let it "
+                "draw only while that is True."
+            ) from error
 
     jax.eval_shape(lambda key, x: predict(init(key), x), jax.random.key(0), example)
     return Model(init, training_loss, predict, loss.record, modules, name or type(module).__name__)
@@ -132,19 +140,22 @@ def call_flags(call: Callable[..., Any], positional: int) -> set[str]:
     required = [
         p.name
         for p in parameters[positional:]
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in ("train", "mask")
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "train"
     ]
     if required:
-        raise FlJaxError(f"The module's __call__ needs {required}; it may need only x, and `train` and `mask` by name.")
+        raise FlJaxError(
+            f"The module's __call__ needs {required}; it may need only x, and `train` by name, and take `mask=None` (in evaluation "
+            "there is no padding, and no mask)."
+        )
     return names & {"train", "mask"}
 
 
 def one_row(example_x: PyTree) -> PyTree:
-    """Shapes and dtypes of a batch of one record, from an example batch [B, ...]."""
+    """Shapes and dtypes of a batch of one record, from an example batch [B, ...]; dtypes as jax holds them (float64: float32)."""
     for leaf in jax.tree.leaves(example_x):
         if not hasattr(leaf, "shape") or len(leaf.shape) == 0:
             raise FlJaxError("example_x must be a batch of records: arrays with a leading axis of records.")
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), example_x)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)), example_x)
 
 
 def zeros(shapes: PyTree) -> PyTree:

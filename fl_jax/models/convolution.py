@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fl_jax.errors import FlJaxError
 from fl_jax.types import Array
 
 Pairs = tuple[tuple[int, int], tuple[int, int]]
@@ -44,11 +45,11 @@ def minimal_filtering(x: Array, kernel: Array, strides: tuple[int, int], padding
     """Winograd's minimal filtering F(m, w) along the rows, im2col along the columns: (m + w - 1) / (m w) of the multiplications.
 
     m = 7 - w outputs are computed together from six products: 3/5 of the products of `im2col` for w = 5 and 1/2 for w = 3. The
-    result differs from a direct sum by a few units of float32 rounding. Strides must be (1, 1) and w from 2 to 5.
+    result differs from a direct sum by a few units of float32 rounding. Raises FlJaxError unless strides are (1, 1) and w is 2 to 5.
     Lavin and Gray 2016, "Fast algorithms for convolutional neural networks" (arXiv 1509.09308), equation 5, in one dimension.
     """
     if strides != (1, 1) or not 2 <= kernel.shape[1] <= len(_POINTS):
-        raise ValueError("minimal_filtering takes strides (1, 1) and kernels 2 to 5 wide")
+        raise FlJaxError("minimal_filtering takes strides (1, 1) and kernels 2 to 5 wide; use im2col for others.")
     height, width, channels, features = kernel.shape
     batch = x.shape[0]
     rows = x.shape[1] + sum(padding[0]) - height + 1

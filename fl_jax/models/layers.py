@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
+from fl_jax.errors import FlJaxError
 from fl_jax.models.convolution import Convolution, default_convolution
 from fl_jax.types import Array
 
@@ -19,6 +20,7 @@ class Conv(nn.Module):
 
     padding: "SAME", "VALID", or ((low, high), (low, high)).
     implementation: the function that convolves (see fl_jax.models.convolution); None takes the one for the default backend.
+    Raises FlJaxError for x without four axes, and smaller than the kernel.
     """
 
     features: int
@@ -32,6 +34,8 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        if x.ndim != 4:
+            raise FlJaxError(f"Conv takes images [B, H, W, C], but was given {list(x.shape)}: a grey image needs a channel axis too.")
         kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features))
         dtype = jnp.promote_types(x.dtype, kernel.dtype)
         strides = (self.strides[0], self.strides[1])
@@ -39,6 +43,8 @@ class Conv(nn.Module):
         if isinstance(padding, str):
             padding = lax.padtype_to_pads(x.shape[1:3], self.kernel_size, strides, padding)
         (top, bottom), (left, right) = padding
+        if x.shape[1] + top + bottom < self.kernel_size[0] or x.shape[2] + left + right < self.kernel_size[1]:
+            raise FlJaxError(f"A kernel of {self.kernel_size} does not fit an image of {x.shape[1:3]}: give larger images.")
         convolve = self.implementation or default_convolution()
         y = convolve(x.astype(dtype), kernel.astype(dtype), strides, ((top, bottom), (left, right)))
         if self.use_bias:

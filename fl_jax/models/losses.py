@@ -56,7 +56,7 @@ def _sigmoid_cross_entropy(outputs: Array, y: Array) -> Array:
             f"sigmoid_cross_entropy takes one logit a record, [B, 1], and labels 0 or 1 [B]; it was given {outputs.shape} and {y.shape}."
         )
     logit, label = outputs[:, 0], y.reshape(-1).astype(outputs.dtype)
-    return jax.nn.softplus(logit) - label * logit
+    return jnp.where((label >= 0) & (label <= 1), jax.nn.softplus(logit) - label * logit, jnp.nan)
 
 
 def _squared_error(outputs: Array, y: Array) -> Array:
@@ -85,7 +85,8 @@ softmax_cross_entropy = per_record(_softmax_cross_entropy)
 """Multinomial cross-entropy in nats: logits [B, K], integer labels [B]. A label outside [0, K) gives NaN."""
 
 sigmoid_cross_entropy = per_record(_sigmoid_cross_entropy)
-"""Binary cross-entropy in nats: one logit a record [B, 1], labels 0 or 1 (bool, integer or float) [B] or [B, 1]."""
+"""Binary cross-entropy in nats: one logit a record [B, 1], labels 0 or 1 (bool, integer or float) [B] or [B, 1]. A label outside
+[0, 1] gives NaN."""
 
 squared_error = per_record(_squared_error)
 """Squared error: outputs [B, K], targets [B, K], or [B] where K = 1; the mean over the K outputs, without a factor 1/2."""
