@@ -57,6 +57,15 @@ def test_every_record_is_equally_likely_to_be_tested():
         assert np.ptp(rate) < 6 * np.sqrt(0.25 / 3000)
 
 
+@pytest.mark.parametrize("n", [3, 7])
+def test_a_rare_label_is_tested_as_often_as_others_at_small_sites(n):
+    site, label = np.repeat(np.arange(2000), n), np.tile([0] * (n - 1) + [1], 2000)
+    split = split_records(np.random.default_rng(0), site, validation=0.2, test=0.2, label=label)
+    for which in (VALIDATION, TEST):
+        rates = [(split[label == k] == which).mean() for k in (0, 1)]
+        assert rates == pytest.approx([1 / n, 1 / n], abs=5 * np.sqrt(0.25 / 2000))
+
+
 def test_site_of_one_record_trains():
     assert split_records(np.random.default_rng(0), np.array([0]), validation=0.3, test=0.6).tolist() == [TRAIN]
 

@@ -13,7 +13,7 @@ TRAIN, VALIDATION, TEST = 0, 1, 2
 
 
 def even_pattern(n: int, validation: float, test: float) -> np.ndarray:
-    """A sequence int8[n] of TRAIN, VALIDATION and TEST in which each is spread evenly, so that any stretch is in proportion.
+    """A cycle int8[n] of TRAIN, VALIDATION and TEST in which each is spread evenly, so that any stretch is in proportion.
 
     Counts are the fractions of n, rounded to the nearest; at least one is TRAIN. Each split's k-th member stands at its ideal
     place (k + 1/2) / count (systematic sampling), which keeps every stretch within about one of its proportional count.
@@ -39,8 +39,9 @@ def split_records(
 
     site: int[R]. validation, test: fractions of a site's units, where a unit is a record, or a group if `group` (any dtype [R])
     is given; the rest trains. label: int[R] to stratify by (a group counts by its most frequent label); None does not stratify.
-    A group that visits several sites is drawn where most of its records are and keeps that split everywhere. test_only: bool[R],
-    records that may not be learned from (their groups are seen at a held-out site): all records of their groups become TEST.
+    All units of a site have the same chance of each split, whatever their label. A group that visits several sites is drawn where
+    most of its records are and keeps that split everywhere. test_only: bool[R], records that may not be learned from (their groups
+    are seen at a held-out site): all records of their groups become TEST.
     Raises FlJaxError for fractions that are negative or leave nothing to train on, other labels and missing groups (NaN, None).
     """
     if not (validation >= 0 and test >= 0 and validation + test < 1):
@@ -66,7 +67,8 @@ def split_records(
     order = order[~barred[order]]
     starts = np.flatnonzero(np.diff(home[order], prepend=-1))
     for units in np.split(order, starts[1:]) if len(order) else []:
-        split[units] = even_pattern(len(units), validation, test)
+        # systematic sampling's random start: without it a rare label would be tested at every small site, or at none
+        split[units] = np.roll(even_pattern(len(units), validation, test), rng.integers(len(units)))
     return split[unit]
 
 
