@@ -73,3 +73,21 @@ def test_truth_values_are_two_classes_and_sites_may_be_held_out_by_number_or_one
     data = from_arrays(x, y, site, unseen=[12])
     assert data.num_classes == 2 and data.train.y.dtype == np.int32 and data.unseen_names == ("12",)
     assert from_arrays(x, y, site, unseen="12").site_names == ("1", "2")  # and not the sites 1 and 2
+
+
+def test_given_test_records_stay_and_validation_is_carved_from_the_others():
+    rng = np.random.default_rng(2)
+    site, test = rng.integers(3, size=120), rng.random(120) < 0.3
+    x = np.arange(120.0)[:, None]
+    data = from_arrays(x, rng.integers(2, size=120), site, test=test, validation=0.25, seed=4)
+    assert set(data.test.x[:, 0]) == set(np.flatnonzero(test))
+    assert set(data.train.x[:, 0]) | set(data.validation.x[:, 0]) == set(np.flatnonzero(~test))
+    np.testing.assert_allclose(data.validation.sizes, 0.25 * np.bincount(site[~test]), atol=0.5)
+    held_out = from_arrays(x, rng.integers(2, size=120), site, test=test, validation=0.0, unseen=["1"])
+    assert set(held_out.unseen.x[:, 0]) == set(np.flatnonzero(site == 1)) and not held_out.validation.sizes.any()
+    group = np.arange(120) // 2
+    with pytest.raises(FlJaxError, match="has records for testing and others"):
+        from_arrays(x, rng.integers(2, size=120), site, test=test, group=group)
+    assert set(from_arrays(x, site, site, test=test[group], group=group).test.x[:, 0]) == set(np.flatnonzero(test[group]))
+    with pytest.raises(FlJaxError, match="test has the shape"):
+        from_arrays(x, site, site, test=test[:5])

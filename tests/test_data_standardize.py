@@ -60,3 +60,10 @@ def test_chosen_columns_only_and_as_measured():
 def test_a_column_in_a_small_unit_is_not_taken_for_a_constant():
     x = np.random.default_rng(0).normal(2e-14, 1e-14, (40, 1))
     assert standardize_features(from_arrays(x, np.arange(40) % 2, np.zeros(40, int))).train.x.std() == pytest.approx(1, rel=1e-5)
+
+
+def test_a_site_of_one_record_has_a_deviation_with_any_ddof():
+    values, offsets = np.random.default_rng(0).normal(size=(5, 2)), np.array([0, 4, 5])
+    mean, deviation = site_statistics(values, offsets, ddof=1)
+    np.testing.assert_allclose(deviation, [values[:4].std(0, ddof=1), [0, 0], values.std(0, ddof=1)])
+    np.testing.assert_allclose(mean, [values[:4].mean(0), values[4], values.mean(0)])

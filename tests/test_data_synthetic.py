@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fl_jax.data.synthetic import FEATURES, synthetic, synthetic_sizes
+from fl_jax.data.synthetic import FEATURES, fedprox_iid, fedprox_synthetic, synthetic, synthetic_sizes
 from fl_jax.errors import FlJaxError
 
 
@@ -63,3 +63,25 @@ def test_the_seed_decides_and_mistakes_are_named():
         synthetic(np.random.default_rng(0), -1, 1, np.array([3]))
     with pytest.raises(FlJaxError, match="at least one record"):
         synthetic(np.random.default_rng(0), 1, 1, np.array([3, 0]))
+
+
+def test_fedprox_federations_are_split_as_published():
+    dataset = fedprox_synthetic(3, 0.5, 0.5, largest=2000)
+    sizes = synthetic_sizes(np.random.default_rng(3), 30, largest=2000)
+    np.testing.assert_array_equal(dataset.train.sizes, [int(0.9 * n) for n in sizes])
+    np.testing.assert_array_equal(dataset.train.sizes + dataset.test.sizes, sizes)
+    assert dataset.name == "Synthetic(0.5, 0.5)" and dataset.num_sites == 30 and dataset.num_classes == 10
+    assert dataset.site_names[:2] == ("device 00", "device 01") and not dataset.validation.sizes.any()
+    np.testing.assert_array_equal(fedprox_synthetic(3, 0.5, 0.5, largest=2000).test.x, dataset.test.x)
+    assert not np.array_equal(fedprox_synthetic(4, 0.5, 0.5, num_sites=2).train.x[:9], dataset.train.x[:9])
+    carved = fedprox_synthetic(3, 0.5, 0.5, largest=2000, validation=0.1)
+    np.testing.assert_array_equal(carved.test.x, dataset.test.x)
+    np.testing.assert_array_equal(carved.train.sizes + carved.validation.sizes, dataset.train.sizes)
+
+
+def test_fedprox_iid_centers_features_at_zero_at_every_device():
+    dataset = fedprox_iid(1, num_sites=40, largest=3000)
+    assert dataset.name == "Synthetic-IID"
+    deviation = np.arange(1, FEATURES + 1) ** -0.6
+    z = [x.mean(0) / deviation * np.sqrt(len(x)) for x in np.split(dataset.train.x, dataset.train.offsets[1:-1])]
+    assert stats.kstest(np.concatenate(z), "norm").pvalue > 0.01

@@ -10,12 +10,10 @@ from tqdm import tqdm
 from fl_jax.data.published import Published
 from fl_jax.errors import FlJaxError
 
-TIMEOUT = 10.0  # seconds without a byte
+TIMEOUT = 10.0  # seconds without a byte, before a server counts as out of reach
 
 
-def download(
-    published: Published, folder: Path, mirror: str | None = None, *, progress: bool = True, timeout: float = TIMEOUT
-) -> Path:
+def download(published: Published, folder: Path, mirror: str | None = None, *, progress: bool = True) -> Path:
     """Fetch all raw files into `folder`/raw, which is returned; what they hold is verified by who parses them.
 
     mirror: an address under which the files have their names, instead of the canonical addresses. Raises FlJaxError, naming the
@@ -24,14 +22,14 @@ def download(
     raw = folder / "raw"
     raw.mkdir()
     for name, url in published.files:
-        _fetch(f"{mirror.rstrip('/')}/{name}" if mirror else url, raw / name, progress, timeout)
+        _fetch(f"{mirror.rstrip('/')}/{name}" if mirror else url, raw / name, progress)
     return raw
 
 
-def _fetch(url: str, path: Path, progress: bool, timeout: float) -> None:
+def _fetch(url: str, path: Path, progress: bool) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "fl_jax"})
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer, open(path, "wb") as file:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(path, "wb") as file:
             length = answer.headers.get("Content-Length")
             size = None if length is None else int(length)
             with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=not progress, leave=False) as bar:
@@ -41,7 +39,7 @@ def _fetch(url: str, path: Path, progress: bool, timeout: float) -> None:
             if size is not None and file.tell() != size:
                 raise http.client.IncompleteRead(b"", size - file.tell())
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
+        reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", None) or error
         raise FlJaxError(
             f"Downloading {url} failed ({reason}): check the network, or put the file in a folder and name that by --from."
         ) from error

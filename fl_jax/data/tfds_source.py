@@ -32,8 +32,8 @@ def tfds_source(
     chosen = [given or default for given, default in zip((x, y), keys, strict=False)]
     for role, feature in zip("xy", chosen, strict=True):
         if feature not in features:
-            what = f"'{feature}' is no feature" if feature else f"{role} is not said, and not by the data set either; choose a feature"
-            raise FlJaxError(f"Data set '{name}': {what}; set {role} to one of {', '.join(features)}.")
+            what = f"has no feature '{feature}'" if feature else f"does not say which feature is {role}"
+            raise FlJaxError(f"Data set '{name}' {what}: set {role} to one of {', '.join(sorted(features))}.")
     columns = read(folder, split, chosen)
     label = columns[chosen[1]]
     return Source(
