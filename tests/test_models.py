@@ -305,14 +305,20 @@ def test_dropout_is_keyed_per_client_and_absent_in_evaluation(library):
             return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
 
     loss = models.softmax_cross_entropy
-    model = models.bridge(Dropping(), EXAMPLE, loss) if library == "linen" else models.bridge_nnx(lambda r: Nnx(r, 0.5), EXAMPLE, loss)
+    dropping = {"linen": (models.bridge, Dropping()), "nnx": (models.bridge_nnx, lambda rngs: Nnx(rngs, 0.5))}
+    build, module = dropping[library]
+    model = build(module, EXAMPLE, loss)
     variables = jax.jit(model.init)(key(0))
     batch = Batch(normal(1, 8, 4), jnp.arange(8) % 3, jnp.ones(8))
     keys = jax.random.wrap_key_data(jnp.array([[0, 1], [0, 2], [0, 1]], jnp.uint32))
     losses, _ = jax.jit(jax.vmap(model.loss, in_axes=(0, None, None, None)))(keys, *variables, batch)
     assert losses[0] == losses[2] and losses[0] != losses[1]
     at_rest = jax.jit(model.predict)(variables, batch.x)
-    without = (lambda v, x: x @ v.params["Dense_0"]["kernel"] + v.params["Dense_0"]["bias"]) if library == "linen" else NNX.predict
+
+    def dense(variables, x):
+        return x @ variables.params["Dense_0"]["kernel"] + variables.params["Dense_0"]["bias"]
+
+    without = dense if library == "linen" else NNX.predict
     close(at_rest, jax.jit(without)(variables, batch.x))
 
 
@@ -443,7 +449,8 @@ def test_parameter_counts_are_the_published_ones(module, shape, parameters):
 
 
 def test_resnet18_table_holds_every_batch_norm_with_those_of_the_shortcuts():
-    model = models.bridge(models.ResNet18(10, models.batch_norm, width=4), jnp.zeros((1, 16, 16, 3)), models.softmax_cross_entropy)
+    module = models.ResNet18(10, models.batch_norm, width=4)
+    model = models.bridge(module, jnp.zeros((1, 16, 16, 3)), models.softmax_cross_entropy)
     norms = {path for path, module in model.modules.items() if module is nn.BatchNorm}
     shapes = jax.eval_shape(model.init, key(0))
     measured = {tuple(k.key for k in path[:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(shapes.stats)}

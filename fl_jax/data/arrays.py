@@ -43,8 +43,9 @@ def from_arrays(
     testing, test is bool[R], and validation a fraction of the others. group: [R], e.g. the patient of each record: no group is in
     two splits, nor in training and at an unseen site. unseen: sites to hold out whole.
     num_classes: None finds it for integer y [R] (largest label + 1; bool is 0 and 1); 0 says that y is no class. label: int[R]
-    from 0 to stratify the splits by, None for y itself where it is one class per record. Raises FlJaxError for lengths that differ,
-    unknown names, missing sites or groups, a group of which only a part is given for testing, and what FederatedDataset refuses.
+    from 0 to stratify the splits by, None for y itself where it is one class per record. Raises FlJaxError for lengths that
+    differ, unknown names, missing sites or groups, a group of which only a part is given for testing, and what FederatedDataset
+    refuses.
     """
     x, y = (jax.tree.map(np.asarray, tree, is_leaf=lambda node: isinstance(node, list)) for tree in (x, y))
     if isinstance(y, np.ndarray) and y.dtype == bool:
@@ -81,8 +82,8 @@ def from_arrays(
     free = np.ones(len(code), bool) if given is None else ~given
     if given is not None and group is not None and (both := np.isin(columns["group"], columns["group"][given]) & free).any():
         raise FlJaxError(
-            f"Group '{columns['group'][both][0]}' of data set '{name}' has records for testing and others: give all of its records for "
-            "testing, or none."
+            f"Group '{columns['group'][both][0]}' of data set '{name}' has records for testing and others: give all of its "
+            "records for testing, or none."
         )
     split = np.full(len(code), TEST, np.int8)
     split[free] = split_records(

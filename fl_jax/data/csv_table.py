@@ -94,8 +94,8 @@ def parse_csv(
     names = [name for name in header if name not in roles.values() and name not in drop]
     if "" in names:
         raise FlJaxError(
-            f"Column {header.index('') + 1} of '{path}' has no name, as where pandas writes row numbers: name it, or remove it from the "
-            "file (index=False)."
+            f"Column {header.index('') + 1} of '{path}' has no name, as where pandas writes row numbers: name it, or remove it "
+            "from the file (index=False)."
         )
     columns = [_column(path, name, cells[name], lines, gone, name in categorical, max_levels) for name in names]
     if not columns:
@@ -184,8 +184,8 @@ def _column(
         )
     if not categorical and all(_number(cell.replace(",", ".", 1)) is not None for cell in cells if cell not in missing):
         raise FlJaxError(
-            f"'{path}', line {lines[wrong[0]]}: column '{name}' holds '{cells[wrong[0]]}', a number with a decimal comma; write points, "
-            "or name the column in categorical or drop."
+            f"'{path}', line {lines[wrong[0]]}: column '{name}' holds '{cells[wrong[0]]}', a number with a decimal comma; write "
+            "points, or name the column in categorical or drop."
         )
     levels = tuple(sorted({cell for cell in cells if cell not in missing}, key=natural_key))
     if len(levels) > max_levels:

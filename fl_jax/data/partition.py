@@ -73,7 +73,8 @@ def dirichlet_per_client(rng: np.random.Generator, labels: np.ndarray, num_sites
 
     Hsu et al. 2019, section 3. alpha -> infinity: every site has the population's mix; alpha -> 0: one class each, as far as it
     lasts. Sites draw without replacement; once a class is used up, q is renormalised over those left, so late sites depart from
-    their q, as in the published code. (The *per-class* form, with sites of uneven size, is `dirichlet_per_class`.) labels: int[R].
+    their q, as in the published code. (The *per-class* form, with sites of uneven size, is `dirichlet_per_class`.)
+    labels: int[R].
     """
     _check(len(labels), num_sites)
     _check_positive("alpha", alpha)

@@ -97,7 +97,7 @@ def check_features(what: str, records: Records, names: Sequence[str], feature_na
 
 
 def check_labels(what: str, records: Records, names: Sequence[str], num_classes: int) -> None:
-    """Raise FlJaxError unless y is finite numbers and, with num_classes > 0, one integer array of classes 0 ... num_classes - 1."""
+    """Raise FlJaxError unless y is finite numbers and, with num_classes > 0, one integer array of 0 ... num_classes - 1."""
     y = records.y
     for leaf in jax.tree.leaves(y):
         if not (np.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool):

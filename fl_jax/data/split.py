@@ -40,8 +40,8 @@ def split_records(
     site: int[R]. validation, test: fractions of a site's units, where a unit is a record, or a group if `group` (any dtype [R])
     is given; the rest trains. label: int[R] to stratify by (a group counts by its most frequent label); None does not stratify.
     All units of a site have the same chance of each split, whatever their label. A group that visits several sites is drawn where
-    most of its records are and keeps that split everywhere. test_only: bool[R], records that may not be learned from (their groups
-    are seen at a held-out site): all records of their groups become TEST.
+    most of its records are and keeps that split everywhere. test_only: bool[R], records that may not be learned from (their
+    groups are seen at a held-out site): all records of their groups become TEST.
     Raises FlJaxError for fractions that are negative or leave nothing to train on, other labels and missing groups (NaN, None).
     """
     if not (validation >= 0 and test >= 0 and validation + test < 1):

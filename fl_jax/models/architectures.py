@@ -67,7 +67,10 @@ class TwoNN(nn.Module):
 
 
 class TabularNet(nn.Module):
-    """A small network for tables with one BatchNorm: dense, BatchNorm, ReLU, dense. x [B, features] -> logits [B, num_classes]."""
+    """A small network for tables with one BatchNorm: dense, BatchNorm, ReLU, dense.
+
+    x [B, features] -> logits [B, num_classes].
+    """
 
     num_classes: int
     hidden: int = 64
@@ -120,8 +123,10 @@ class PflCifarCNN(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """A basic block (He et al. 2016, figure 2): two 3 x 3 convolutions beside a shortcut, which is a 1 x 1 convolution with a norm
-    of its own where the shape changes."""
+    """A basic block (He et al. 2016, figure 2): two 3 x 3 convolutions beside a shortcut.
+
+    Where the shape changes, the shortcut is a 1 x 1 convolution with a norm of its own.
+    """
 
     features: int
     strides: tuple[int, int]
@@ -145,8 +150,9 @@ class ResidualBlock(nn.Module):
 class ResNet18(nn.Module):
     """ResNet-18 (He et al. 2016, arXiv 1512.03385, table 1) with the CIFAR stem: a 3 x 3 convolution and no pooling.
 
-    x [B, H, W, channels] -> logits [B, num_classes]. norm: (train) -> layer, e.g. `batch_norm` or `group_norm` (Hsieh et al. 2020,
-    arXiv 1910.00189: BatchNorm suffers from skewed labels, GroupNorm does not). 11,173,962 parameters for 3 channels and 10 classes.
+    x [B, H, W, channels] -> logits [B, num_classes]. norm: (train) -> layer, e.g. `batch_norm` or `group_norm` (Hsieh et al.
+    2020, arXiv 1910.00189: BatchNorm suffers from skewed labels, GroupNorm does not). 11,173,962 parameters for 3 channels and 10
+    classes.
     """
 
     num_classes: int

@@ -35,7 +35,8 @@ def bridge(
     """Makes a Model of a flax linen module.
 
     module: called as module(x), with train=True or False if its `__call__` has an argument `train`, and in training with
-        mask=float32[B] if it has an argument `mask`. BatchNorm layers get the mask in any case, so that padding rows are invisible.
+        mask=float32[B] if it has an argument `mask`. BatchNorm layers get the mask in any case, so that padding rows are
+        invisible.
     example_x: x of one batch [B, ...] (arrays or jax.ShapeDtypeStruct) as the data hold it; only shapes and dtypes are read.
     preprocess: applied to x first, e.g. `images_uint8`.
 
@@ -44,8 +45,8 @@ def bridge(
     leaves the statistics as they are.
 
     Raises FlJaxError: the module has state beside "params" and "batch_stats"; its `__call__` needs other arguments, or names its
-    training switch otherwise; it updates statistics or draws random numbers in evaluation mode; a BatchNorm sees inputs whose rows
-    are not the batch's.
+    training switch otherwise; it updates statistics or draws random numbers in evaluation mode; a BatchNorm sees inputs whose
+    rows are not the batch's.
     """
     if not isinstance(module, nn.Module):
         raise FlJaxError("bridge takes an instance of a flax linen module, such as TwoNN(10); an nnx module goes to bridge_nnx.")
@@ -101,13 +102,13 @@ def bridge(
             return module.apply(collections, prepare(x), **evaluation)
         except flax_errors.ModifyScopeVariableError as error:
             raise FlJaxError(
-                f"{type(module).__name__} updates its statistics in evaluation mode; give its __call__ an argument `train` and its "
-                "BatchNorm layers use_running_average=not train."
+                f"{type(module).__name__} updates its statistics in evaluation mode; give its __call__ an argument `train` "
+                "and its BatchNorm layers use_running_average=not train."
             ) from error
         except flax_errors.InvalidRngError as error:
             raise FlJaxError(
-                f"{type(module).__name__} draws random numbers in evaluation mode; give its __call__ an argument `train` and let it "
-                "draw only while that is True."
+                f"{type(module).__name__} draws random numbers in evaluation mode; give its __call__ an argument `train` and let "
+                "it draw only while that is True."
             ) from error
 
     jax.eval_shape(lambda key, x: predict(init(key), x), jax.random.key(0), example)
@@ -117,14 +118,15 @@ def bridge(
 def owner(modules: Mapping[tuple[str, ...], type], leaf_path: tuple[str, ...]) -> type:
     """The class of the module that owns a leaf.
 
-    modules: Model.modules. leaf_path: key path as strings, starting with "params" or "stats", e.g. ("params", "Dense_0", "kernel").
+    modules: Model.modules. leaf_path: key path as strings, starting with "params" or "stats", e.g.
+    ("params", "Dense_0", "kernel").
     Raises FlJaxError for a path without an owner.
     """
     path = tuple(leaf_path[1:])
     for length in range(len(path) - 1, -1, -1):
         if path[:length] in modules:
             return modules[path[:length]]
-    raise FlJaxError(f'No module owns the leaf {leaf_path}: a path starts with "params" or "stats" and ends with the name of a leaf.')
+    raise FlJaxError(f'No module owns the leaf {leaf_path}: a path starts with "params" or "stats" and ends with a leaf.')
 
 
 def call_flags(call: Callable[..., Any], positional: int) -> set[str]:
@@ -144,8 +146,8 @@ def call_flags(call: Callable[..., Any], positional: int) -> set[str]:
     ]
     if required:
         raise FlJaxError(
-            f"The module's __call__ needs {required}; it may need only x, and `train` by name, and take `mask=None` (in evaluation "
-            "there is no padding, and no mask)."
+            f"The module's __call__ needs {required}; it may need only x, and `train` by name, and take `mask=None` (in "
+            "evaluation there is no padding, and no mask)."
         )
     return names & {"train", "mask"}
 

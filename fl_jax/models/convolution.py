@@ -1,7 +1,7 @@
 """Two-dimensional convolutions as matrix products, which a CPU runs many times faster than XLA's own convolution inside a loop.
 
-All of them are one function of (x [B, H, W, C], kernel [h, w, C, O], strides, padding as (low, high) pairs), made of differentiable
-primitives only, so they may be mapped over clients, put in loops and differentiated twice or forward.
+All of them are one function of (x [B, H, W, C], kernel [h, w, C, O], strides, padding as (low, high) pairs), made of
+differentiable primitives only, so they may be mapped over clients, put in loops and differentiated twice or forward.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,10 @@ def xla_convolution(x: Array, kernel: Array, strides: tuple[int, int], padding: 
 
 
 def im2col(x: Array, kernel: Array, strides: tuple[int, int], padding: Pairs) -> Array:
-    """Shifted slices side by side, [B, H', W', h w C], times the kernel as a matrix: any stride and padding, rounding of a direct sum."""
+    """Shifted slices side by side, [B, H', W', h w C], times the kernel as a matrix.
+
+    Any stride and padding, rounding of a direct sum.
+    """
     height, width, channels, features = kernel.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows = (x.shape[1] - height) // strides[0] + 1
@@ -45,7 +48,8 @@ def minimal_filtering(x: Array, kernel: Array, strides: tuple[int, int], padding
     """Winograd's minimal filtering F(m, w) along the rows, im2col along the columns: (m + w - 1) / (m w) of the multiplications.
 
     m = 7 - w outputs are computed together from six products: 3/5 of the products of `im2col` for w = 5 and 1/2 for w = 3. The
-    result differs from a direct sum by a few units of float32 rounding. Raises FlJaxError unless strides are (1, 1) and w is 2 to 5.
+    result differs from a direct sum by a few units of float32 rounding. Raises FlJaxError unless strides are (1, 1) and w is 2 to
+    5.
     Lavin and Gray 2016, "Fast algorithms for convolutional neural networks" (arXiv 1509.09308), equation 5, in one dimension.
     """
     if strides != (1, 1) or not 2 <= kernel.shape[1] <= len(_POINTS):
@@ -92,8 +96,9 @@ def _combine(coefficients: np.ndarray, arrays: list[Array]) -> Array:
 
 @cache
 def _transforms(tile: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The matrices (A^T [m, n], G [n, w], B^T [n, n]) of F(m, w), n = m + w - 1: y = A^T [(G g) * (B^T d)] (Lavin and Gray, eq. 5).
+    """The matrices (A^T [m, n], G [n, w], B^T [n, n]) of F(m, w), n = m + w - 1.
 
+    y = A^T [(G g) * (B^T d)] (Lavin and Gray, eq. 5).
     They are the transpose of Toom-Cook's product of polynomials: evaluate both at n points, multiply, interpolate.
     """
     size = tile + width - 1

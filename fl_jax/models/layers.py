@@ -1,4 +1,4 @@
-"""The two layers that are slow on a CPU in their usual form, convolution and max pooling, with the names and values of flax's own."""
+"""Convolution and max pooling, which are slow on a CPU in their usual form, with the names and values of flax's own."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -35,7 +35,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         if x.ndim != 4:
-            raise FlJaxError(f"Conv takes images [B, H, W, C], but was given {list(x.shape)}: a grey image needs a channel axis too.")
+            raise FlJaxError(f"Conv takes images [B, H, W, C], not {list(x.shape)}: a grey image needs a channel axis too.")
         kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features))
         dtype = jnp.promote_types(x.dtype, kernel.dtype)
         strides = (self.strides[0], self.strides[1])
@@ -61,7 +61,8 @@ def max_pool(
     """The maximum of each window: x [B, spatial..., C]; arguments and values are those of flax.linen.max_pool.
 
     Where strides = window_shape and padding = "VALID" it is a maximum over reshaped slices, many times faster on a CPU than
-    XLA's reduce_window and its gradient. Where values of a window tie, that gradient is shared among them; flax gives it to the first.
+    XLA's reduce_window and its gradient. Where values of a window tie, that gradient is shared among them; flax gives it to
+    the first.
     """
     window = tuple(window_shape)
     if strides is None or tuple(strides) != window or padding != "VALID" or x.ndim != len(window) + 2:

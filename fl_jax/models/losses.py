@@ -42,7 +42,8 @@ def per_record(record: Callable[[Array, PyTree], Array]) -> Loss:
 def _softmax_cross_entropy(outputs: Array, y: Array) -> Array:
     if y.ndim != 1 or outputs.ndim != 2 or not jnp.issubdtype(y.dtype, jnp.integer):
         raise FlJaxError(
-            f"softmax_cross_entropy takes logits [B, K] and integer labels [B]; it was given {outputs.shape} and {y.dtype}{y.shape}."
+            f"softmax_cross_entropy takes logits [B, K] and integer labels [B]; it was given {outputs.shape} and "
+            f"{y.dtype}{y.shape}."
         )
     # A one-hot product instead of an index: the gradient of indexing is a scatter, which the CPU executes row by row.
     chosen = jax.nn.one_hot(y, outputs.shape[-1], dtype=bool)
@@ -53,7 +54,8 @@ def _softmax_cross_entropy(outputs: Array, y: Array) -> Array:
 def _sigmoid_cross_entropy(outputs: Array, y: Array) -> Array:
     if outputs.ndim != 2 or outputs.shape[1] != 1 or y.shape not in (outputs.shape, outputs.shape[:1]):
         raise FlJaxError(
-            f"sigmoid_cross_entropy takes one logit a record, [B, 1], and labels 0 or 1 [B]; it was given {outputs.shape} and {y.shape}."
+            "sigmoid_cross_entropy takes one logit a record, [B, 1], and labels 0 or 1 [B]; it was given "
+            f"{outputs.shape} and {y.shape}."
         )
     logit, label = outputs[:, 0], y.reshape(-1).astype(outputs.dtype)
     return jnp.where((label >= 0) & (label <= 1), jax.nn.softplus(logit) - label * logit, jnp.nan)

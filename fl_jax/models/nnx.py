@@ -60,12 +60,12 @@ def bridge_nnx(
     abstract = nnx.eval_shape(lambda: build(jax.random.key(0)))
     flags = call_flags(type(abstract).__call__, 2)
     if "train" in flags:
-        raise FlJaxError(f"{type(abstract).__name__}.__call__ has an argument `train`; nnx modules switch by .train() and .eval().")
+        raise FlJaxError(f"{type(abstract).__name__}.__call__ has an argument `train`; nnx modules have .train() and .eval().")
     subclasses = sorted({type(m).__name__ for _, m in nnx.iter_modules(abstract) if _is_other_batch_norm(m)})
     if subclasses and "mask" not in flags:
         raise FlJaxError(
-            f"{subclasses} extend nnx.BatchNorm, and padding would enter their statistics; give the module's __call__ an argument "
-            "`mask` and pass it on to them, or use nnx.BatchNorm itself."
+            f"{subclasses} extend nnx.BatchNorm, and padding would enter their statistics; give the module's __call__ an "
+            "argument `mask` and pass it on to them, or use nnx.BatchNorm itself."
         )
     modules = {_strings(path): type(module) for path, module in nnx.iter_modules(abstract)}
     graph, *parts = nnx.split(abstract, nnx.Param, nnx.BatchStat, nnx.RngState, ...)

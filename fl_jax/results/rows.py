@@ -15,7 +15,7 @@ from fl_jax.types import RoundMetrics
 def evaluation_rows(
     arm: str, seeds: Sequence[int], round: int, split: str, names: Sequence[str], metrics: SiteMetrics | UnseenMetrics
 ) -> Iterator[MetricRow]:
-    """One row per seed, site and metric, then pooled ("all"), mean, worst and spread ("std") over sites; the reason where one is missing.
+    """One row per seed, site and metric, then pooled ("all"), mean, worst and spread ("std") over sites; with why one is missing.
 
     metrics: of all seeds, every leaf with a leading axis of them. names: of the N sites.
     """
@@ -30,7 +30,8 @@ def evaluation_rows(
             for site, measured in zip(OVER_SITES, overall, strict=True):
                 for name, value in measured.items():
                     number = float(value[s])
-                    yield MetricRow(arm, seed, round, split, site, name, number, "undefined at every site" if np.isnan(number) else "")
+                    reason = "undefined at every site" if np.isnan(number) else ""
+                    yield MetricRow(arm, seed, round, split, site, name, number, reason)
 
 
 def round_rows(

@@ -134,8 +134,9 @@ def load_run(path: str | os.PathLike[str]) -> Run:
 class RunFolder:
     """A run's folder, to write; made by `RunFolder.create` or `RunFolder.open`. One writer at a time.
 
-    compile_seconds: what this process spent compiling for the run, as `training.fit` adds it up. Whole files are replaced atomically; metrics are appended and flushed to the disk. A full disk or a lost permission is a
-    FlJaxError, and what was there before stays.
+    compile_seconds: what this process spent compiling for the run, as `training.fit` adds it up. Whole files are replaced
+    atomically; metrics are appended and flushed to the disk. A full disk or a lost permission is a FlJaxError, and what was there
+    before stays.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
