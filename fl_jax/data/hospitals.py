@@ -53,8 +53,8 @@ def simulated_hospitals(
     statistics: how features are standardised; the default, one mean and standard deviation over the training records of all
     hospitals, is what a consortium can compute by a secure sum.
     What to expect of the defaults: mean test AUROC over hospitals and 40 seeds (standard error .004) with scikit-learn's
-    MLPClassifier((16,), learning_rate_init=.01, alpha=.1, max_iter=300): each hospital's own model .937, one model of all training
-    records .943, the same on site-standardised features .959; at hospital A .951, .951, .959, at D .915, .919, .948.
+    MLPClassifier((16,), learning_rate_init=.01, alpha=.1, max_iter=300): each hospital's own model .937, one model of all
+    training records .943, the same on site-standardised features .959; at hospital A .951, .951, .959, at D .915, .919, .948.
     Raises FlJaxError where a hospital would have fewer than 20 patients, or strengths are negative.
     """
     source = breast_cancer()
