@@ -77,8 +77,8 @@ def measure(metrics: Mapping[str, Metric], predictions: Predictions) -> dict[str
 
 
 def counts(predictions: Predictions) -> dict[str, Array]:
-    """What explains a missing metric, each int32[N]: "records", "not_finite"; if y is a class, "classes" (present there); if y is a
-    Survival, "comparable" (records that outlived a site's first event)."""
+    """What explains a missing metric, each int32[N]: "records", "not_finite"; if y is a class, "classes" (present there); if y is
+    a Survival, "comparable" (records that outlived a site's first event)."""
     result = {"records": predictions.num_records, "not_finite": predictions.not_finite}
     if _is_class(predictions.y):
         result["classes"] = jnp.sum(_class_counts(predictions, jnp.ones_like(predictions.site)) > 0, axis=-1, dtype=jnp.int32)

@@ -92,10 +92,10 @@ def sorted_stably(order: Array, key: Array, key_bits: int) -> Array:
 
 
 def sums_of_spans(values: Array, begin: Array, end: Array) -> Array:
-    """The sums of values in [0, 2**32), whole numbers of shape [R], over the rows begin : end (int32[N]) of each span: float32[N]."""
+    """The sums of whole numbers in [0, 2**32), of shape [R], over the rows begin : end (int32[N]) of each span: float32[N]."""
     values = values.astype(jnp.uint32)
-    # 32 bits cannot hold the sum, so each value is cut into digits small enough that R of them fit; a span's sum of a digit is the
-    # difference of two running totals.
+    # 32 bits cannot hold the sum, so each value is cut into digits small enough that R of them fit; a span's sum of a digit is
+    # the difference of two running totals.
     bits = 32 - values.shape[0].bit_length()
     total = jnp.zeros(begin.shape, jnp.float32)
     for shift in range(0, 32, bits):

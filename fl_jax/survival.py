@@ -16,11 +16,11 @@ from fl_jax.types import Array, Survival
 
 
 class Pairs(NamedTuple):
-    """For each of R records the others that can be compared with it because it had its event first, int32[R] each, 0 where censored.
+    """For each of R records, those that can be compared with it since it had its event first: int32[R] each, 0 where censored.
 
     A pair is admissible where one record had its event and the other was still seen after it: a later time, or the same time and
-    censored. concordant: of those, how many have a lower risk. tied: the same risk. admissible: all. The records come in the order
-    of their sites. begin, end: int32[N], a site's span in it.
+    censored. concordant: of those, how many have a lower risk. tied: the same risk. admissible: all. The records come in the
+    order of their sites. begin, end: int32[N], a site's span in it.
     """
 
     concordant: Array
@@ -33,9 +33,10 @@ class Pairs(NamedTuple):
 def comparable_pairs(risk: Array, y: Survival, site: Array, num_records: Array) -> Pairs:
     """Counts pairs of R > 0 records: risk float32[R], y of [R], site int32[R] (N = a padding row), num_records int32[N].
 
-    Not all pairs are formed: records are sorted by risk, and then back by time, one bit of their place at a time; whenever two halves
-    part, the records in the later half that lay below one of the earlier half are counted (a wavelet tree: Grossi et al. 2003, "High-order
-    entropy-compressed text indexes"). A NaN among a site's risks makes that site's counts meaningless, and no other's.
+    Not all pairs are formed: records are sorted by risk, and then back by time, one bit of their place at a time; whenever two
+    halves part, the records in the later half that lay below one of the earlier half are counted (a wavelet tree: Grossi et al.
+    2003, "High-order entropy-compressed text indexes"). A NaN among a site's risks makes that site's counts meaningless, and no
+    other's.
     """
     num_rows = site.shape[0]
     levels = (num_rows - 1).bit_length()
@@ -46,8 +47,9 @@ def comparable_pairs(risk: Array, y: Survival, site: Array, num_records: Array) 
     index = jnp.arange(2**levels, dtype=jnp.int32)
     site_bits = num_records.shape[0].bit_length()
 
-    # `place`: where a record stands by site, then time, at one time events before censored records, and then by rising risk. A record
-    # at a later place with a lower risk is then one that outlived it: records of one time and kind never count against each other.
+    # `place`: where a record stands by site, then time, at one time events before censored records, and then by rising risk. A
+    # record at a later place with a lower risk is then one that outlived it: records of one time and kind never count against
+    # each other.
     by_risk = sorted_stably(index, risk, 32)
     by_time = sorted_stably(sorted_stably(by_risk, (~event).astype(jnp.uint32), 1), time, 32)
     by_time = sorted_stably(by_time, site, site_bits)
@@ -90,7 +92,9 @@ def concordance_index(predictions: Predictions) -> Array:
     y, outputs = predictions.y, predictions.outputs
     if not isinstance(y, Survival) or outputs.shape[1] != 1:
         raise FlJaxError(
-            "the C-index needs one risk a record, outputs [R, 1], and y = fl_jax.types.Survival(time, event): choose metrics that fit the task.")
+            "the C-index needs one risk a record, outputs [R, 1], and y = fl_jax.types.Survival(time, event): choose metrics that "
+            "fit the task."
+        )
     if predictions.site.shape[0] == 0 or predictions.num_sites == 0:
         return jnp.full(predictions.num_sites, jnp.nan, jnp.float32)
     pairs = comparable_pairs(outputs[:, 0], y, predictions.site, predictions.num_records)
@@ -105,7 +109,7 @@ SURVIVAL: Mapping[str, Metric] = {"c_index": Metric(concordance_index)}
 
 
 def _ends(keys: tuple[Array, ...]) -> Array:
-    """int32[R]: for records sorted so that equal ones lie together, the position after the last that equals each one in all keys."""
+    """int32[R]: of records of which equal ones lie together, the position after the last that equals each one in all keys."""
     num_rows = keys[0].shape[0]
     differs = jnp.any(jnp.stack([key[1:] != key[:-1] for key in keys]), axis=0)
     stop = jnp.where(jnp.append(differs, True), jnp.arange(1, num_rows + 1, dtype=jnp.int32), num_rows)

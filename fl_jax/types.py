@@ -38,8 +38,8 @@ class Batch(NamedTuple):
 class Survival(NamedTuple):
     """The y of records that are followed until an event or until they are lost from sight (right censoring).
 
-    time: float32 [B], of the event or of the last sight, in any unit. event: bool or float32 [B]; 1 where the event was seen, 0 where
-    the record is censored. A data set with such a y has num_classes 0.
+    time: float32 [B], of the event or of the last sight, in any unit. event: bool or float32 [B]; 1 where the event was seen, 0
+    where the record is censored. A data set with such a y has num_classes 0.
     """
 
     time: Array

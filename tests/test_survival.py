@@ -1,4 +1,5 @@
-"""Survival: the C-index against lifelines and against all pairs, the partial likelihood against a sum over risk sets in float64."""
+"""Survival: the C-index against lifelines and against all pairs, the partial likelihood against a sum over risk sets in
+float64."""
 
 import math
 
@@ -98,8 +99,9 @@ def test_what_has_no_concordance_says_why():
     y = Survival(time, event)
 
     def reasons(risk):
-        found, counts = (run(np.pad(risk, ((0, 32), (0, 0))), jax.tree.map(lambda a: np.pad(a, (0, 32)), y), np.pad(site, (0, 32), constant_values=3))
-                         for run in (measured, counted))
+        padded = jax.tree.map(lambda a: np.pad(a, (0, 32)), y)
+        rows = np.pad(risk, ((0, 32), (0, 0))), padded, np.pad(site, (0, 32), constant_values=3)
+        found, counts = measured(*rows), counted(*rows)
         return [metrics.why_undefined(float(found[i]), {k: int(v[i]) for k, v in counts.items()}) for i in range(NUM_SITES)]
 
     assert reasons(risk) == ["", "no admissible pair", "no admissible pair"]
@@ -110,7 +112,8 @@ def test_what_has_no_concordance_says_why():
 
 
 def partial_likelihood(risk, y):
-    """Mean negative log partial likelihood and its gradient, float64, from the definition: a sum over events and their risk sets."""
+    """Mean negative log partial likelihood and its gradient, float64, from the definition: a sum over events and their risk
+    sets."""
     risk = np.asarray(risk, np.float64)
     total, slope = 0.0, np.zeros_like(risk)
     for i in np.flatnonzero(y.event):
@@ -189,6 +192,7 @@ def test_a_federated_round_of_the_linear_model_is_the_mean_of_the_sites_steps():
     scores = evaluation.evaluate(model, lambda id: algorithm.model(state, id), sites, 4, SURVIVAL)
     for i, rows in enumerate((slice(0, 5), slice(5, 14))):
         risk = (x[rows] @ np.asarray(after))[:, 0]
-        np.testing.assert_allclose(scores.site["c_index"][i], expected_concordance(risk, Survival(y.time[rows], y.event[rows])), rtol=1e-6)
+        expected = expected_concordance(risk, Survival(y.time[rows], y.event[rows]))
+        np.testing.assert_allclose(scores.site["c_index"][i], expected, rtol=1e-6)
     value, _ = model.loss(jax.random.key(3), variables.params, {}, Batch(x, y, jnp.ones(14)))
     np.testing.assert_allclose(value, partial_likelihood(x @ np.asarray(before)[:, 0], y)[0], rtol=1e-5)

@@ -12,8 +12,8 @@ from fl_jax.types import Array, Batches, Cohort, FederatedAlgorithm, Key, Model,
 
 
 class Turns(NamedTuple):
-    """Whose turn it is. order: int32[N], all sites in the order of this cycle. place: int32, where in it the next one is looked for.
-    aggregator: the state of the algorithm's own aggregator."""
+    """Whose turn it is. order: int32[N], all sites in the order of this cycle. place: int32, where in it the next one is looked
+    for. aggregator: the state of the algorithm's own aggregator."""
 
     order: Array
     place: Array
@@ -23,8 +23,8 @@ class Turns(NamedTuple):
 def in_turn(algorithm: FederatedAlgorithm, *, shuffled: bool = True) -> FederatedAlgorithm:
     """`algorithm` with one site a round: of the sites in the cohort that have records, the next one in the cycle.
 
-    A cycle visits every site once, in an order drawn anew for each (shuffled) or in that of their ids. The rest of the cohort neither
-    trains nor sends; a site whose message was not finite has had its turn.
+    A cycle visits every site once, in an order drawn anew for each (shuffled) or in that of their ids. The rest of the cohort
+    neither trains nor sends; a site whose message was not finite has had its turn.
     """
 
     def init(variables: Variables, num_clients: int) -> State:
@@ -54,6 +54,7 @@ def in_turn(algorithm: FederatedAlgorithm, *, shuffled: bool = True) -> Federate
 def cyclic(
     model: Model, optimizer: optax.GradientTransformation, batches: Batches, *, shuffled: bool = True, **options: Unpack[Options]
 ) -> FederatedAlgorithm:
-    """Cyclic weight transfer: one site trains what the one before it left (Chang et al. 2018, "Distributed deep learning networks among
-    institutions for medical imaging"). A round is one site's turn: FedAvg of a single site is what that site makes of the model."""
+    """Cyclic weight transfer: one site trains what the one before it left (Chang et al. 2018, "Distributed deep learning networks
+    among institutions for medical imaging"). A round is one site's turn: FedAvg of a single site is what that site makes of the
+    model."""
     return in_turn(fedavg(model, optimizer, batches, **options), shuffled=shuffled)

@@ -78,7 +78,8 @@ def _cox_partial_likelihood(outputs: Array, y: Survival, mask: Array) -> Array:
     active = mask > 0
     risk = jnp.where(active, outputs[:, 0], 0)
     at_risk = (y.time[None, :] >= y.time[:, None]) & active[None, :]  # row i: who is still seen at the time of record i
-    at_risk |= jnp.eye(risk.shape[0], dtype=bool)  # nobody is at risk at the time of a padding row, and the logarithm of 0 has no gradient
+    # nobody need be at risk at the time of a padding row, and the logarithm of 0 has no gradient
+    at_risk |= jnp.eye(risk.shape[0], dtype=bool)
     loss = jax.nn.logsumexp(jnp.broadcast_to(risk, at_risk.shape), axis=1, where=at_risk) - risk
     return masked_mean(jnp.where(y.event > 0, loss, 0), mask)
 
@@ -99,6 +100,6 @@ cox_partial_likelihood = Loss(_cox_partial_likelihood, None)
 
 The mean over *all* unmasked records, of logsumexp(risks of those at risk) - risk at an event and of 0 where censored: with few
 events the loss is small, and without one it is 0 with gradient 0. At risk is whoever's time is not below that of the event, in
-this batch only: Breslow's way with ties (1974, "Covariance analysis of censored survival data"), which does not depend on the order of
-the records. FLamby's Fed-TCGA-BRCA has the same loss but for ties: there the record that comes first in the batch does not see those
-of the same time behind it. Memory: [B, B]."""
+this batch only: Breslow's way with ties (1974, "Covariance analysis of censored survival data"), which does not depend on the
+order of the records. FLamby's Fed-TCGA-BRCA has the same loss but for ties: there the record that comes first in the batch does
+not see those of the same time behind it. Memory: [B, B]."""
