@@ -16,7 +16,7 @@ import scipy.stats
 
 from experiments import cli, quickstart
 from fl_jax import runtime
-from fl_jax.results import load_run
+from fl_jax.results import RunFolder, load_run
 
 ARMS = ["local only", "centralized", "FedAvg", "FedProx", "FedAdam", "FedBN", "DP, weak", "DP, strong"]
 FIGURES = {"auroc_over_rounds", "accuracy_over_rounds", "auroc_per_site", "accuracy_per_site", "labels_per_site"}
@@ -218,6 +218,6 @@ def test_an_unknown_key_of_a_configuration_is_named_with_the_nearest(failing, tm
 
 
 def test_another_configuration_does_not_resume_a_run(failing, tmp_path):
-    quickstart.RunFolder.create(tmp_path, cli.recorded(cli.parse(quickstart.Config, ["--quick"])))
+    RunFolder.create(tmp_path, cli.recorded(cli.parse(quickstart.Config, ["--quick"])))
     assert "already holds this run; resume it" in failing("--out", tmp_path)
     assert "(rounds: 6 -> 7); use the stored one" in failing("--out", tmp_path, "--resume", "--rounds", "7")
