@@ -37,8 +37,7 @@ def test_from_arrays_draws_by_seed_or_generator_and_takes_pytrees():
     x = {"image": np.zeros((40, 2, 2)), "age": np.arange(40.0)}
     y = np.arange(40) / 40
     ages = [
-        from_arrays(x, y, np.arange(40) % 2, seed=seed).train.x["age"].tolist()
-        for seed in (5, 5, np.random.default_rng(5), 6)
+        from_arrays(x, y, np.arange(40) % 2, seed=seed).train.x["age"].tolist() for seed in (5, 5, np.random.default_rng(5), 6)
     ]
     assert ages[0] == ages[1] == ages[2] != ages[3]
 

@@ -27,7 +27,9 @@ def folders(tmp_path):
     """Users f_2, f_10 and f_1 in two files of the training folder, f_10, f_1 and a new one in the test folder."""
     a, b, c, d, e, f = drawn(np.random.default_rng(0), 5, 9, 7, 2, 3, 4)
     for name, users in (
-        ("train/part_0.json", {"f_2": a}), ("train/part_1.json", {"f_10": b, "f_1": c}), ("test/mytest.json", {"f_1": d, "f_10": e, "f_7": f}),
+        ("train/part_0.json", {"f_2": a}),
+        ("train/part_1.json", {"f_10": b, "f_1": c}),
+        ("test/mytest.json", {"f_1": d, "f_10": e, "f_7": f}),
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(leaf(users)))
@@ -64,15 +66,18 @@ def test_texts_need_an_encoding(tmp_path):
     np.testing.assert_array_equal(dataset.train.y, [2, 1])
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda c: c["user_data"]["u"]["x"].pop(), r"user 'u' has 2 records x and 3 labels y, but num_samples says 3"),
-    (lambda c: c["user_data"].clear(), r"user_data of user 'u' has no lists x and y"),
-    (lambda c: c["num_samples"].append(1), r"names 1 users, but has 2 num_samples"),
-    (lambda c: c.pop("users"), r"not in LEAF's format: it has no list 'users'"),
-    (lambda c: c["user_data"]["u"]["x"][1].append(0.0), r"records of user 'u' are not numbers of one shape"),
-    (lambda c: c["user_data"]["u"]["y"].__setitem__(0, 0.5), r"records of user 'u' .* whole classes \(not whole numbers\)"),
-    (lambda c: c["user_data"]["u"]["x"][0].__setitem__(0, float("nan")), r"Site 'u' has 1 values .* NaN or infinite"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["user_data"]["u"]["x"].pop(), r"user 'u' has 2 records x and 3 labels y, but num_samples says 3"),
+        (lambda c: c["user_data"].clear(), r"user_data of user 'u' has no lists x and y"),
+        (lambda c: c["num_samples"].append(1), r"names 1 users, but has 2 num_samples"),
+        (lambda c: c.pop("users"), r"not in LEAF's format: it has no list 'users'"),
+        (lambda c: c["user_data"]["u"]["x"][1].append(0.0), r"records of user 'u' are not numbers of one shape"),
+        (lambda c: c["user_data"]["u"]["y"].__setitem__(0, 0.5), r"records of user 'u' .* whole classes \(not whole numbers\)"),
+        (lambda c: c["user_data"]["u"]["x"][0].__setitem__(0, float("nan")), r"Site 'u' has 1 values .* NaN or infinite"),
+    ],
+)
 def test_what_is_wrong_is_named(tmp_path, change, message):
     content = leaf({"u": (np.zeros((3, 2)), [0, 1, 1])})
     change(content)
@@ -85,7 +90,11 @@ def test_files_that_are_not_leafs_are_named(tmp_path):
     with pytest.raises(FlJaxError, match="holds no JSON file"):
         read_leaf(tmp_path)
     whole = json.dumps(leaf({"u": (np.zeros((3, 2)), [0, 1, 1])}))
-    for text, message in ((whole[:40], r"a\.json' is no JSON \(.*line 1 column"), ("[1]", "it holds no object"), ("\xff", "is no JSON")):
+    for text, message in (
+        (whole[:40], r"a\.json' is no JSON \(.*line 1 column"),
+        ("[1]", "it holds no object"),
+        ("\xff", "is no JSON"),
+    ):
         (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(FlJaxError, match=message):
             read_leaf(tmp_path)

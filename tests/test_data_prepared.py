@@ -40,14 +40,24 @@ def features():
     import tensorflow_datasets as tfds
 
     return {
-        "name": tfds.features.Text(), "size": np.float32, "kind": tfds.features.ClassLabel(names=["a", "b", "c"]),
+        "name": tfds.features.Text(),
+        "size": np.float32,
+        "kind": tfds.features.ClassLabel(names=["a", "b", "c"]),
         "pair": tfds.features.Tensor(shape=(2,), dtype=np.float32),
     }
 
 
 TOYS = Published(
-    "toys", "1.2.0", "Toys: thirty of them.", "CC0", "Nobody (2020). Toys.", "https://example.org/toys",
-    (RawFile("toys.csv", "http://127.0.0.1:9/toys.csv"),), features, parse, supervised=("pair", "kind"),
+    "toys",
+    "1.2.0",
+    "Toys: thirty of them.",
+    "CC0",
+    "Nobody (2020). Toys.",
+    "https://example.org/toys",
+    (RawFile("toys.csv", "http://127.0.0.1:9/toys.csv"),),
+    features,
+    parse,
+    supervised=("pair", "kind"),
 )
 
 
@@ -74,7 +84,9 @@ def _federation(data_dir):
 
 
 def visible(data_dir):
-    return sorted(str(path.relative_to(data_dir)) for path in data_dir.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    return sorted(
+        str(path.relative_to(data_dir)) for path in data_dir.rglob("*") if path.is_file() and not path.name.endswith(".lock")
+    )
 
 
 def test_records_come_back_in_order_and_as_they_were(raw, tmp_path):
@@ -95,7 +107,9 @@ def test_records_come_back_in_order_and_as_they_were(raw, tmp_path):
 
 
 def test_what_is_missing_is_said_in_one_sentence_and_raw_files_are_used_where_they_are(raw, known, monkeypatch):
-    with pytest.raises(data.DataMissing, match=r"not prepared in .*FL_JAX_RAW names no folder.*`python -m fl_jax.data prepare toys`"):
+    with pytest.raises(
+        data.DataMissing, match=r"not prepared in .*FL_JAX_RAW names no folder.*`python -m fl_jax.data prepare toys`"
+    ):
         data.ensure_prepared("toys")
     monkeypatch.setenv("FL_JAX_RAW", str(raw))  # the parent is meant, so there is none of its name in it
     with pytest.raises(data.DataMissing, match="has no folder 'toys' with its files"):
@@ -140,13 +154,18 @@ class Failing:
         return self.column[k]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), RuntimeError("bug")], ids=["disk", "ctrl-c", "bug"])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), RuntimeError("bug")], ids=["disk", "ctrl-c", "bug"]
+)
 def test_a_prepare_that_fails_half_way_leaves_nothing(raw, tmp_path, error):
     def half(folder):
         columns = parse(folder)["train"]
         return {"train": {**columns, "pair": Failing(columns["pair"], error)}}
 
-    with pytest.raises(FlJaxError if isinstance(error, OSError) else type(error), match="disk or quota is full" if isinstance(error, OSError) else None):
+    with pytest.raises(
+        FlJaxError if isinstance(error, OSError) else type(error),
+        match="disk or quota is full" if isinstance(error, OSError) else None,
+    ):
         prepared.prepare(TOYS._replace(parse=half), folder=raw, data_dir=tmp_path / "tfds", progress=False)
     assert [path.name for path in (tmp_path / "tfds").iterdir()] == [".toys.lock"]
 
@@ -179,7 +198,9 @@ sys.exit(command.main(["prepare", "toys", "--from", {raw!r}, "--data-dir", {data
 def test_a_process_that_is_stopped_half_way_leaves_nothing_that_is_taken_for_whole(raw, tmp_path, sent):
     data_dir = tmp_path / "tfds"
     script = SLOW.format(tests=str(Path(__file__).parent), raw=str(raw), data_dir=str(data_dir))
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
     try:
         assert "Preparing 'toys' from" in process.stdout.readline() and process.stdout.readline() == "half\n"
         assert any("toys-train.array_record" in name for name in visible(data_dir))  # one of two splits is there already
@@ -254,7 +275,10 @@ def test_downloads_are_verified_and_what_fails_leaves_nothing(server, tmp_path, 
         (f"{server}/absent", "/absent/toys.csv failed .*404: File not found"),
         (f"{server}/hanging", "/hanging/toys.csv failed .*timed out"),
         (f"{server}/bad", "is not the published file: the checksum"),
-        (None, "Downloading http://127.0.0.1:9/toys.csv failed .*check the network, or put the file in a folder and name that by --from"),
+        (
+            None,
+            "Downloading http://127.0.0.1:9/toys.csv failed .*check the network, or put the file in a folder and name that by --from",
+        ),
     ):
         began = time.perf_counter()
         with pytest.raises(FlJaxError, match=message):
@@ -316,7 +340,11 @@ def test_any_prepared_tfds_data_set_is_found_by_name(raw, known, capfd):
     chosen = data.tfds_source("others", x="pair", y="size")
     assert "(1.10.0)" in chosen.notes[0] and chosen.y.dtype == np.float32 and chosen.class_names == ()
     assert "(1.9.0)" in data.tfds_source("others:1.9.0", x="pair", y="kind").notes[0]
-    for name, message in (("others:2.0.0", "did you mean 'others'"), ("toyz", "did you mean 'toys'"), ("q", "prepared are others, toys; prepare it")):
+    for name, message in (
+        ("others:2.0.0", "did you mean 'others'"),
+        ("toyz", "did you mean 'toys'"),
+        ("q", "prepared are others, toys; prepare it"),
+    ):
         began = time.perf_counter()
         with pytest.raises(data.DataMissing, match=message):
             data.tfds_source(name)
@@ -328,7 +356,8 @@ def test_any_prepared_tfds_data_set_is_found_by_name(raw, known, capfd):
     for config in ("small", "large"):
         (known / "with_config" / config).mkdir(parents=True)
         (known / "others" / "1.9.0").rename(known / "with_config" / config / "1.0.0") if config == "small" else (
-            known / "others" / "1.10.0").rename(known / "with_config" / config / "1.0.0")
+            known / "others" / "1.10.0"
+        ).rename(known / "with_config" / config / "1.0.0")
     with pytest.raises(FlJaxError, match="several configurations: choose one of with_config/large, with_config/small"):
         data.tfds_source("with_config")
     assert len(data.tfds_source("with_config/small", x="pair", y="kind").y) == ROWS

@@ -9,8 +9,14 @@ from fl_jax.errors import FlJaxError
 
 def source(name, n, start=0, classes=3, width=2):
     ident = np.arange(start, start + n)
-    return Source(name, np.repeat(ident[:, None], width, 1).astype(np.float32), (ident % classes).astype(np.int32),
-                  tuple("abc"[:classes]), (), (f"{n} of {name}.",))
+    return Source(
+        name,
+        np.repeat(ident[:, None], width, 1).astype(np.float32),
+        (ident % classes).astype(np.int32),
+        tuple("abc"[:classes]),
+        (),
+        (f"{n} of {name}.",),
+    )
 
 
 def test_official_sets_are_dealt_evenly_and_every_record_is_somewhere_once():
@@ -26,7 +32,11 @@ def test_official_sets_are_dealt_evenly_and_every_record_is_somewhere_once():
         np.testing.assert_array_equal(records.x[order], of.x)
         np.testing.assert_array_equal(records.y[order], of.y)
     assert np.ptp(dataset.test.sizes) == 1 and np.ptp(dataset.validation.sizes) == 1
-    assert dataset.notes == ("90 of train.", "Sites are simulated.", "The official test and validation sets are dealt to the sites by chance.")
+    assert dataset.notes == (
+        "90 of train.",
+        "Sites are simulated.",
+        "The official test and validation sets are dealt to the sites by chance.",
+    )
     np.testing.assert_array_equal(from_sources(train, site, test=test, validation=validation, seed=3).test.x, dataset.test.x)
     assert not np.array_equal(from_sources(train, site, test=test, validation=validation, seed=4).test.x, dataset.test.x)
 

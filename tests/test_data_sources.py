@@ -51,7 +51,10 @@ def test_heart_disease_is_flambys(published_data, heart_reference):
     assert not dataset.validation.sizes.any()
     for k, name in enumerate(HOSPITALS):
         train, held = x[(hospital == name) & ~test], x[(hospital == name) & test]
-        mean, deviation = train.mean(0), train.std(0, ddof=1) + 1e-9  # FLamby's guard; one constant column (cholesterol, always 0)
+        mean, deviation = (
+            train.mean(0),
+            train.std(0, ddof=1) + 1e-9,
+        )  # FLamby's guard; one constant column (cholesterol, always 0)
         for (found, label), rows in ((parts(dataset.train)[k], train), (parts(dataset.test)[k], held)):
             np.testing.assert_allclose(found, (rows - mean) / deviation, rtol=2e-5, atol=2e-5)  # float32 of at most 600
             np.testing.assert_array_equal(label, y[(hospital == name) & (test == (rows is held))])
@@ -88,7 +91,10 @@ def test_tcga_brca_is_flambys(published_data, raw_files):
         np.testing.assert_array_equal(records.y.event, expected["E"] == 1)
     assert "Europe 7/2, Canada 2/1" in dataset.notes[1]
     carved = data.fed_tcga_brca(data_dir=published_data("fed_tcga_brca"), validation=0.25)
-    assert carved.validation.sizes.sum() == pytest.approx(866 / 4, abs=3) and carved.train.x.shape[0] + carved.validation.x.shape[0] == 866
+    assert (
+        carved.validation.sizes.sum() == pytest.approx(866 / 4, abs=3)
+        and carved.train.x.shape[0] + carved.validation.x.shape[0] == 866
+    )
     np.testing.assert_array_equal(carved.test.x, dataset.test.x)
 
 
@@ -118,7 +124,9 @@ def test_fashion_mnist_is_as_published_however_it_is_zipped(raw_files, tmp_path)
             (tmp_path / file.name).write_bytes(gzip.compress(gzip.decompress(file.read_bytes()), 1))
     splits = published("fashion_mnist").parse(tmp_path)
     assert {split: columns["image"].shape for split, columns in splits.items()} == {
-        "train": (60_000, 28, 28, 1), "test": (10_000, 28, 28, 1)}
+        "train": (60_000, 28, 28, 1),
+        "test": (10_000, 28, 28, 1),
+    }
     np.testing.assert_array_equal(np.bincount(splits["train"]["label"]), np.full(10, 6000))  # published: balanced
 
 
@@ -126,7 +134,10 @@ def test_pneumonia_mnist_is_the_same_in_whatever_order(published_data, raw_files
     raw = raw_files("pneumoniamnist") / "pneumoniamnist.npz"
     arrays = dict(np.load(raw))
     order = np.random.default_rng(0).permutation(4708)
-    np.savez(tmp_path / raw.name, **{**arrays, "train_images": arrays["train_images"][order], "train_labels": arrays["train_labels"][order]})
+    np.savez(
+        tmp_path / raw.name,
+        **{**arrays, "train_images": arrays["train_images"][order], "train_labels": arrays["train_labels"][order]},
+    )
     train = data.pneumonia_mnist(data_dir=published_data("pneumoniamnist"))
     shuffled = PNEUMONIA_MNIST.parse(tmp_path)["train"]
     np.testing.assert_array_equal(train.x, shuffled["image"])
@@ -167,26 +178,111 @@ def with_row(number, change):
 
 DAMAGE = [
     ("fed_heart_disease", "processed.va.data", lambda c: c[:5000], r"va\.data', line 1\d\d: there are \d+ values, expected 14"),
-    ("fed_heart_disease", "processed.va.data", lines(lambda rows: [*rows[:150], b""]), r"line 150: the file ends after 150 records, expected 200"),
-    ("fed_heart_disease", "processed.va.data", lines(lambda rows: [rows[0], *rows]), r"line 201: .* 201 records, expected 200: lines were added"),
-    ("fed_heart_disease", "processed.hungarian.data", with_row(4, lambda row: row + b",1"), r"line 5: there are 15 values, expected 14"),
-    ("fed_heart_disease", "processed.hungarian.data", with_row(0, lambda row: row.replace(b"28", b"x")), r"line 1: 'x' in column 'age' is no number"),
-    ("fed_heart_disease", "processed.hungarian.data", with_row(2, lambda row: row[:-1] + b"7"), r"line 3: '7' in column 'num' is none of 0, 1"),
-    ("fed_heart_disease", "processed.cleveland.data", with_row(2, lambda row: b"\xff" + row), r"cleveland\.data', line 3: this is no text"),
-    ("fed_heart_disease", "processed.cleveland.data", lambda c: c.replace(b"233.0", b"234.0", 1), r"cleveland\.data' is not .* checksum \(sha256\)"),
-    ("fed_heart_disease", "processed.switzerland.data", lambda c: b"", r"switzerland\.data', line 1: the file ends after 0 records"),
-    ("fed_tcga_brca", "brca.csv", lambda c: c.replace(b",race_white,", b",", 1), r"brca\.csv', line 1: the column 'race_white' is missing"),
-    ("fed_tcga_brca", "brca.csv", with_row(0, lambda row: row + b",more"), r"brca\.csv', line 1: there are 43 columns, expected 42"),
-    ("fed_tcga_brca", "brca.csv", with_row(0, lambda row: row.replace(b"E,T", b"T,E")), r"line 1: column 41 is 'T', expected 'E'"),
+    (
+        "fed_heart_disease",
+        "processed.va.data",
+        lines(lambda rows: [*rows[:150], b""]),
+        r"line 150: the file ends after 150 records, expected 200",
+    ),
+    (
+        "fed_heart_disease",
+        "processed.va.data",
+        lines(lambda rows: [rows[0], *rows]),
+        r"line 201: .* 201 records, expected 200: lines were added",
+    ),
+    (
+        "fed_heart_disease",
+        "processed.hungarian.data",
+        with_row(4, lambda row: row + b",1"),
+        r"line 5: there are 15 values, expected 14",
+    ),
+    (
+        "fed_heart_disease",
+        "processed.hungarian.data",
+        with_row(0, lambda row: row.replace(b"28", b"x")),
+        r"line 1: 'x' in column 'age' is no number",
+    ),
+    (
+        "fed_heart_disease",
+        "processed.hungarian.data",
+        with_row(2, lambda row: row[:-1] + b"7"),
+        r"line 3: '7' in column 'num' is none of 0, 1",
+    ),
+    (
+        "fed_heart_disease",
+        "processed.cleveland.data",
+        with_row(2, lambda row: b"\xff" + row),
+        r"cleveland\.data', line 3: this is no text",
+    ),
+    (
+        "fed_heart_disease",
+        "processed.cleveland.data",
+        lambda c: c.replace(b"233.0", b"234.0", 1),
+        r"cleveland\.data' is not .* checksum \(sha256\)",
+    ),
+    (
+        "fed_heart_disease",
+        "processed.switzerland.data",
+        lambda c: b"",
+        r"switzerland\.data', line 1: the file ends after 0 records",
+    ),
+    (
+        "fed_tcga_brca",
+        "brca.csv",
+        lambda c: c.replace(b",race_white,", b",", 1),
+        r"brca\.csv', line 1: the column 'race_white' is missing",
+    ),
+    (
+        "fed_tcga_brca",
+        "brca.csv",
+        with_row(0, lambda row: row + b",more"),
+        r"brca\.csv', line 1: there are 43 columns, expected 42",
+    ),
+    (
+        "fed_tcga_brca",
+        "brca.csv",
+        with_row(0, lambda row: row.replace(b"E,T", b"T,E")),
+        r"line 1: column 41 is 'T', expected 'E'",
+    ),
     ("fed_tcga_brca", "brca.csv", with_row(9, lambda row: row + b'"x'), r"brca\.csv', line 10: "),
-    ("fed_tcga_brca", "brca.csv", with_row(9, lambda row: b"TCGA-??" + row[7:]), r"line 10: 'TCGA-\?\?-.*' names no tissue source site"),
-    ("fed_tcga_brca", "centers.csv", with_row(3, lambda row: row.replace(b"Northeast", b"North")), r"centers\.csv', line 4: 'North' in column 'Region'"),
-    ("fed_tcga_brca", "train_test_split.csv", with_row(7, lambda row: row[:-1] + b"9"), r"split\.csv', line 8: 'train_9' in column 'fold2'"),
-    ("fed_tcga_brca", "train_test_split.csv", lines(lambda rows: [*rows[:-1], rows[-2]]), r"split\.csv', line 1089: '.*' is there twice"),
+    (
+        "fed_tcga_brca",
+        "brca.csv",
+        with_row(9, lambda row: b"TCGA-??" + row[7:]),
+        r"line 10: 'TCGA-\?\?-.*' names no tissue source site",
+    ),
+    (
+        "fed_tcga_brca",
+        "centers.csv",
+        with_row(3, lambda row: row.replace(b"Northeast", b"North")),
+        r"centers\.csv', line 4: 'North' in column 'Region'",
+    ),
+    (
+        "fed_tcga_brca",
+        "train_test_split.csv",
+        with_row(7, lambda row: row[:-1] + b"9"),
+        r"split\.csv', line 8: 'train_9' in column 'fold2'",
+    ),
+    (
+        "fed_tcga_brca",
+        "train_test_split.csv",
+        lines(lambda rows: [*rows[:-1], rows[-2]]),
+        r"split\.csv', line 1089: '.*' is there twice",
+    ),
     ("mnist", "t10k-labels-idx1-ubyte.gz", lambda c: c[:2000], r"t10k-labels-idx1-ubyte\.gz' cannot be unzipped .* truncated"),
     ("mnist", "t10k-labels-idx1-ubyte.gz", lambda c: gzip.decompress(c), r"t10k-labels-idx1-ubyte\.gz' cannot be unzipped"),
-    ("mnist", "t10k-labels-idx1-ubyte.gz", lambda c: gzip.compress(gzip.decompress(c)[:-1]), r"holds no idx data of the shape \[10000\]"),
-    ("mnist", "t10k-labels-idx1-ubyte.gz", lambda c: gzip.compress(gzip.decompress(c)[:-1] + b"\0"), r"checksum \(sha256\) of its unzipped content"),
+    (
+        "mnist",
+        "t10k-labels-idx1-ubyte.gz",
+        lambda c: gzip.compress(gzip.decompress(c)[:-1]),
+        r"holds no idx data of the shape \[10000\]",
+    ),
+    (
+        "mnist",
+        "t10k-labels-idx1-ubyte.gz",
+        lambda c: gzip.compress(gzip.decompress(c)[:-1] + b"\0"),
+        r"checksum \(sha256\) of its unzipped content",
+    ),
 ]
 
 

@@ -50,7 +50,11 @@ def test_labels_follow_a_linear_rule_of_the_site():
 
 def test_sizes_are_log_normal_and_capped():
     sizes = synthetic_sizes(np.random.default_rng(3), 4000)
-    assert sizes.min() >= 50 and stats.kstest(np.log(sizes[sizes > 60] - 49.5), stats.truncnorm((np.log(10.5) - 4) / 2, np.inf, 4, 2).cdf).pvalue > 0.01
+    assert (
+        sizes.min() >= 50
+        and stats.kstest(np.log(sizes[sizes > 60] - 49.5), stats.truncnorm((np.log(10.5) - 4) / 2, np.inf, 4, 2).cdf).pvalue
+        > 0.01
+    )
     capped = synthetic_sizes(np.random.default_rng(3), 4000, largest=5000)
     np.testing.assert_array_equal(capped, np.minimum(sizes, 5000))
     assert (capped == 5000).any()

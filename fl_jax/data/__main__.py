@@ -58,10 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     describer.add_argument("name", metavar="NAME")
     preparer = commands.add_parser("prepare", help="verify raw files, or download them, and write them as a TFDS data set")
     preparer.add_argument("name", metavar="NAME", nargs="+")
-    preparer.add_argument("--from", dest="folder", metavar="FOLDER", type=Path, help="of the raw files, or of one folder for each data set")
+    preparer.add_argument(
+        "--from", dest="folder", metavar="FOLDER", type=Path, help="of the raw files, or of one folder for each data set"
+    )
     preparer.add_argument("--mirror", metavar="URL", help="download from here, where the files have their published names")
     for command in (lister, describer, preparer):
-        command.add_argument("--data-dir", metavar="DIR", type=Path, help="of prepared data; default TFDS_DATA_DIR or ~/tensorflow_datasets")
+        command.add_argument(
+            "--data-dir", metavar="DIR", type=Path, help="of prepared data; default TFDS_DATA_DIR or ~/tensorflow_datasets"
+        )
     return parser
 
 
@@ -74,7 +78,9 @@ def _prepare(data: Published, options: argparse.Namespace) -> None:
     folder = raw_folder(data, options.folder) if options.mirror is None else None
     if folder is None and options.folder is not None:
         files = ", ".join(file.name for file in data.files)
-        raise FlJaxError(f"'{options.folder}' holds no raw file of '{data.name}': put {files} there, or into a folder '{data.name}' in it.")
+        raise FlJaxError(
+            f"'{options.folder}' holds no raw file of '{data.name}': put {files} there, or into a folder '{data.name}' in it."
+        )
     print(f"Preparing '{data.name}' from {folder or options.mirror or data.files[0].url.rpartition('/')[0]}", flush=True)
     place = prepared.prepare(data, folder=folder, data_dir=options.data_dir, mirror=options.mirror)
     print(f"'{data.name}' is prepared, in '{place}'.")
@@ -91,7 +97,11 @@ def _list(data_dir: Path | None) -> str:
         else:
             state = "to be downloaded"
         rows.append((name, state, entry.published.about.partition(":")[0]))
-    others = [(name, "prepared by TFDS", ", ".join(versions)) for name, versions in prepared_names(data_dir).items() if name not in CATALOG]
+    others = [
+        (name, "prepared by TFDS", ", ".join(versions))
+        for name, versions in prepared_names(data_dir).items()
+        if name not in CATALOG
+    ]
     widths = [max(len(row[k]) for row in [*rows, *others]) for k in (0, 1)]
     lines = [f"{name:<{widths[0]}}  {state:<{widths[1]}}  {about}" for name, state, about in [*rows, *others]]
     return "\n".join([f"Data sets in '{resolve_data_dir(data_dir)}':", "", *lines])
@@ -104,11 +114,16 @@ def _describe(name: str, data_dir: Path | None) -> str:
         return _describe_other(name, data_dir)
     data = CATALOG[name].published
     facts = [
-        ("licence", data.licence), ("source", data.homepage), ("files", ", ".join(file.url for file in data.files)), ("cite", data.citation),
+        ("licence", data.licence),
+        ("source", data.homepage),
+        ("files", ", ".join(file.url for file in data.files)),
+        ("cite", data.citation),
     ]
     about = [*textwrap.wrap(data.about, 110), ""]
     for key, value in facts:
-        about += textwrap.wrap(value, 110, initial_indent=f"{key:<9}", subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
+        about += textwrap.wrap(
+            value, 110, initial_indent=f"{key:<9}", subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
+        )
     try:
         place = prepared.ensure(data, data_dir)
     except DataMissing as missing:

@@ -48,7 +48,9 @@ def read_leaf(
     num_classes: None is the largest label + 1. Raises FlJaxError, naming file and user, for what is not such a file.
     """
     tables = [_read(Path(folder), encode_x, encode_y) for folder in (train, test) if folder is not None]
-    users = [(user, is_test, *records) for is_test, table in enumerate(tables) for user, records in table.items() if len(records[1])]
+    users = [
+        (user, is_test, *records) for is_test, table in enumerate(tables) for user, records in table.items() if len(records[1])
+    ]
     if not users:
         raise FlJaxError(f"'{train}' holds no records: name a folder of LEAF's JSON files.")
     sites = np.repeat([user for user, *_ in users], [len(y) for *_, y in users])
@@ -56,7 +58,9 @@ def read_leaf(
     try:
         x, y = (np.concatenate([record[k] for record in users]) for k in (2, 3))
     except ValueError as error:
-        raise FlJaxError(f"The records in '{train}' are not all of one shape ({error}): give encode_x and encode_y that make them so.") from error
+        raise FlJaxError(
+            f"The records in '{train}' are not all of one shape ({error}): give encode_x and encode_y that make them so."
+        ) from error
     return from_arrays(
         x,
         y,
@@ -67,8 +71,11 @@ def read_leaf(
         test=np.repeat([bool(is_test) for _, is_test, *_ in users], [len(y) for *_, y in users]),
         unseen=unseen,
         num_classes=num_classes,
-        notes=(f"Users, records and split are those of the files in '{Path(train).name}' and '{Path(test).name}'." if test is not None
-               else f"Users and records are those of the files in '{Path(train).name}'; none are for testing.",),
+        notes=(
+            f"Users, records and split are those of the files in '{Path(train).name}' and '{Path(test).name}'."
+            if test is not None
+            else f"Users and records are those of the files in '{Path(train).name}'; none are for testing.",
+        ),
     )
 
 

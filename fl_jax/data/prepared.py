@@ -65,8 +65,11 @@ def is_whole(folder: Path) -> bool:
         info = json.loads((folder / "dataset_info.json").read_text())
         named = {"DATASET": info["name"], "FILEFORMAT": info.get("fileFormat", "tfrecord")}
         shards = [
-            split["filepathTemplate"].format(**named, SPLIT=split["name"], SHARD_X_OF_Y=f"{k:05d}-of-{len(split['shardLengths']):05d}")
-            for split in info["splits"] for k in range(len(split["shardLengths"]))
+            split["filepathTemplate"].format(
+                **named, SPLIT=split["name"], SHARD_X_OF_Y=f"{k:05d}-of-{len(split['shardLengths']):05d}"
+            )
+            for split in info["splits"]
+            for k in range(len(split["shardLengths"]))
         ]
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -83,8 +86,11 @@ def ensure(published: Published, data_dir: str | Path | None = None) -> Path:
         return place
     folder = raw_folder(published)
     if folder is None:
-        where = f"'{os.environ[RAW]}' ({RAW}) has no folder '{published.name}' with its files" if os.environ.get(RAW) else (
-            f"{RAW} names no folder of raw files")
+        where = (
+            f"'{os.environ[RAW]}' ({RAW}) has no folder '{published.name}' with its files"
+            if os.environ.get(RAW)
+            else (f"{RAW} names no folder of raw files")
+        )
         raise DataMissing(
             f"Data set '{published.name}' is not prepared in '{resolve_data_dir(data_dir)}' and {where}: run `python -m fl_jax.data prepare "
             f"{published.name}`, which downloads it, with --from FOLDER where you have its files."
@@ -118,7 +124,9 @@ def prepare(
             for left in root.glob(f".{published.name}-*.incomplete"):
                 shutil.rmtree(left, ignore_errors=True)
             if place.exists():
-                raise FlJaxError(f"'{place}' holds something that is not the whole data set: remove this folder and prepare it again.")
+                raise FlJaxError(
+                    f"'{place}' holds something that is not the whole data set: remove this folder and prepare it again."
+                )
             staging = Path(tempfile.mkdtemp(prefix=f".{published.name}-", suffix=".incomplete", dir=root))
             try:
                 raw = Path(folder) if folder is not None else download(published, staging, mirror, progress=progress)
@@ -199,7 +207,9 @@ def read(folder: Path, split: str, names: Sequence[str] | None = None) -> dict[s
     try:
         builder = tfds.builder_from_directory(str(folder))
         if split not in builder.info.splits:
-            raise FlJaxError(f"The data set in '{folder}' has no split '{split}': choose one of {', '.join(builder.info.splits)}.")
+            raise FlJaxError(
+                f"The data set in '{folder}' has no split '{split}': choose one of {', '.join(builder.info.splits)}."
+            )
         source = builder.as_data_source(split)
         columns: dict[str, np.ndarray] = {}
         for start in range(0, len(source), _CHUNK):
@@ -212,13 +222,17 @@ def read(folder: Path, split: str, names: Sequence[str] | None = None) -> dict[s
     except FlJaxError:
         raise
     except Exception as error:  # what TFDS and array_record raise for a damaged file has no type of its own
-        raise FlJaxError(f"The data set in '{folder}' cannot be read ({error}): remove this folder and prepare it again.") from error
+        raise FlJaxError(
+            f"The data set in '{folder}' cannot be read ({error}): remove this folder and prepare it again."
+        ) from error
     return {name: column.astype(str) if column.dtype == object else column for name, column in columns.items()}
 
 
 def _stack(folder: Path, name: str, feature: Any, values: list[Any]) -> np.ndarray:
     if len({np.shape(value) for value in values}) > 1 or isinstance(values[0], dict):
-        raise FlJaxError(f"Feature '{name}' of the data set in '{folder}' differs in shape between records, or is no array: bring it to one shape.")
+        raise FlJaxError(
+            f"Feature '{name}' of the data set in '{folder}' differs in shape between records, or is no array: bring it to one shape."
+        )
     if isinstance(values[0], bytes):
         return np.asarray([value.decode() for value in values], object)  # of any length
     return np.asarray(values, feature.np_dtype)  # TFDS decodes scalars to Python's numbers

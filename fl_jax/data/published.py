@@ -92,7 +92,9 @@ def read_rows(path: Path, sha256: str, *, rows: int, columns: int | Sequence[str
         raise FlJaxError(f"'{path}', line {reader.line_num}: this line cannot be read ({error}); get the file again.") from error
     if count != rows:
         why = "the file is truncated" if count < rows else "lines were added"
-        raise FlJaxError(f"'{path}', line {max(reader.line_num, 1)}: the file ends after {count} records, expected {rows}: {why}; get it again.")
+        raise FlJaxError(
+            f"'{path}', line {max(reader.line_num, 1)}: the file ends after {count} records, expected {rows}: {why}; get it again."
+        )
     check_content(path, content, sha256)
 
 
@@ -123,5 +125,7 @@ def number(path: Path, line: int, column: str, text: str, *, missing: Collection
 def choice(path: Path, line: int, column: str, text: str, choices: Collection[str]) -> str:
     """The text in a cell, one of `choices`. Raises FlJaxError for anything else."""
     if text not in choices:
-        raise FlJaxError(f"'{path}', line {line}: '{text}' in column '{column}' is none of {', '.join(sorted(choices))}; get the file again.")
+        raise FlJaxError(
+            f"'{path}', line {line}: '{text}' in column '{column}' is none of {', '.join(sorted(choices))}; get the file again."
+        )
     return text

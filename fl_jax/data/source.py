@@ -55,16 +55,26 @@ def from_sources(
         num_classes=len(train.class_names),
         class_names=train.class_names,
         feature_names=train.feature_names,
-        notes=(*train.notes, *notes, f"The official test {'and validation sets are' if official else 'set is'} dealt to the sites by chance."),
+        notes=(
+            *train.notes,
+            *notes,
+            f"The official test {'and validation sets are' if official else 'set is'} dealt to the sites by chance.",
+        ),
     )
     dataset = replace(dataset, test=_deal(rng, train, test, dataset.num_sites))
-    return replace(dataset, validation=_deal(rng, train, validation, dataset.num_sites)) if isinstance(validation, Source) else dataset
+    return (
+        replace(dataset, validation=_deal(rng, train, validation, dataset.num_sites))
+        if isinstance(validation, Source)
+        else dataset
+    )
 
 
 def _deal(rng: np.random.Generator, train: Source, source: Source, num_sites: int) -> Records:
     """The records of an official set, as even parts of the sites."""
     if train.x.shape[1:] != source.x.shape[1:] or train.x.dtype != source.x.dtype or train.class_names != source.class_names:
-        raise FlJaxError(f"'{source.name}' cannot validate or test what '{train.name}' trains: they differ in the shape of x or in their classes.")
+        raise FlJaxError(
+            f"'{source.name}' cannot validate or test what '{train.name}' trains: they differ in the shape of x or in their classes."
+        )
     owner = iid(rng, len(source.y), num_sites)
     rows = np.argsort(owner, kind="stable")
     return Records(source.x[rows], source.y[rows], np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=num_sites))]))

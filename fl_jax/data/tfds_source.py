@@ -54,22 +54,30 @@ def find_prepared(name: str, data_dir: str | Path | None = None) -> Path:
     root = resolve_data_dir(data_dir)
     path, _, version = name.partition(":")
     there = prepared_names(data_dir)
-    fitting = [known for known in there if (known == path or known.startswith(f"{path}/")) and (not version or version in there[known])]
+    fitting = [
+        known for known in there if (known == path or known.startswith(f"{path}/")) and (not version or version in there[known])
+    ]
     if not fitting:
         close = difflib.get_close_matches(name, there, n=1, cutoff=0.6)
-        known = f"did you mean '{close[0]}'?" if close else f"prepared are {', '.join(there) or 'none'}; prepare it with TFDS, as array_record."
+        known = (
+            f"did you mean '{close[0]}'?"
+            if close
+            else f"prepared are {', '.join(there) or 'none'}; prepare it with TFDS, as array_record."
+        )
         raise DataMissing(f"There is no TFDS data set '{name}' prepared in '{root}': {known}")
     if len(fitting) > 1:
         raise FlJaxError(f"Data set '{path}' is prepared in several configurations: choose one of {', '.join(fitting)}.")
     folder = root / fitting[0] / (version or there[fitting[0]][-1])
     kept_as = json.loads((folder / "dataset_info.json").read_text()).get("fileFormat") or "tfrecord"
     if kept_as != "array_record":
-        raise FlJaxError(f"'{folder}' is kept as {kept_as}, which needs TensorFlow: prepare it again with file_format=\"array_record\".")
+        raise FlJaxError(
+            f"'{folder}' is kept as {kept_as}, which needs TensorFlow: prepare it again with file_format=\"array_record\"."
+        )
     return folder
 
 
 def prepared_names(data_dir: str | Path | None = None) -> dict[str, list[str]]:
-    """"NAME" or "NAME/CONFIG" -> versions, oldest first, of all data sets that are prepared whole."""
+    """ "NAME" or "NAME/CONFIG" -> versions, oldest first, of all data sets that are prepared whole."""
     root = resolve_data_dir(data_dir)
     there: dict[str, list[str]] = {}
     for info in sorted([*root.glob("[!.]*/*/dataset_info.json"), *root.glob("[!.]*/*/*/dataset_info.json")]):

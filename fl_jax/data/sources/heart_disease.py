@@ -38,11 +38,13 @@ def _parse(folder: Path) -> Mapping[str, Columns]:
             num.append(int(choice(path, line, "num", cells[-1], "01234")))
             hospital.append(k)
     values = np.asarray(rows, np.float32)
-    return {"train": {
-        **{name: values[:, k] for k, name in enumerate(FEATURES)},
-        "num": np.asarray(num, np.int32),
-        "hospital": np.asarray(hospital, np.int64),
-    }}
+    return {
+        "train": {
+            **{name: values[:, k] for k, name in enumerate(FEATURES)},
+            "num": np.asarray(num, np.int32),
+            "hospital": np.asarray(hospital, np.int64),
+        }
+    }
 
 
 def _features() -> dict[str, Any]:

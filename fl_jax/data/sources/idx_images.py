@@ -27,7 +27,9 @@ def read_idx(path: Path, shape: tuple[int, ...], sha256: str) -> np.ndarray:
     # two zero bytes, 8 for "unsigned byte", the number of axes, then their lengths
     header = b"\0\0\x08" + bytes([len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
     if content[: len(header)] != header or len(content) != len(header) + math.prod(shape):
-        raise FlJaxError(f"'{path}' holds no idx data of the shape {list(shape)}, so it is another file or damaged; get it again.")
+        raise FlJaxError(
+            f"'{path}' holds no idx data of the shape {list(shape)}, so it is another file or damaged; get it again."
+        )
     check_content(path, content, sha256, "unzipped content")
     return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
 

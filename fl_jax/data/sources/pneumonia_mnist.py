@@ -36,8 +36,12 @@ def _parse(folder: Path) -> Mapping[str, Columns]:
         raise FlJaxError(f"'{path}' cannot be read ({error}), so it is truncated or damaged; get it again.") from error
     splits = {}
     for split, (name, count, sha256) in _SPLITS.items():
-        images, labels = (_array(path, held, f"{name}_{kind}", shape) for kind, shape in (("images", (count, *IMAGE)), ("labels", (count, 1))))
-        digests = [hashlib.sha256(image.tobytes() + label.tobytes()).digest() for image, label in zip(images, labels, strict=True)]
+        images, labels = (
+            _array(path, held, f"{name}_{kind}", shape) for kind, shape in (("images", (count, *IMAGE)), ("labels", (count, 1)))
+        )
+        digests = [
+            hashlib.sha256(image.tobytes() + label.tobytes()).digest() for image, label in zip(images, labels, strict=True)
+        ]
         # by digest: the prepared records have one order, whatever that of the file
         order = sorted(range(count), key=digests.__getitem__)
         found = hashlib.sha256(b"".join(digests[k] for k in order)).hexdigest()
@@ -55,7 +59,9 @@ def _array(path: Path, held: Mapping[str, np.ndarray], name: str, shape: tuple[i
         raise FlJaxError(f"'{path}' holds no array '{name}', so it is another file; get it again.")
     array = held[name]
     if array.shape != shape or array.dtype != np.uint8:
-        raise FlJaxError(f"'{path}' holds '{name}' as {array.dtype}{list(array.shape)}, expected uint8{list(shape)}; get the file again.")
+        raise FlJaxError(
+            f"'{path}' holds '{name}' as {array.dtype}{list(array.shape)}, expected uint8{list(shape)}; get the file again."
+        )
     return array
 
 

@@ -51,11 +51,15 @@ def _parse(folder: Path) -> Mapping[str, Columns]:
     values: list[list[float]] = []
     for line, cells in read_rows(path, _SHA256[_PATIENTS], rows=1096, columns=("pid", *FEATURES, "E", "T")):
         if cells[0][5:7] not in regions:
-            raise FlJaxError(f"'{path}', line {line}: '{cells[0]}' names no tissue source site of '{_CENTERS}'; get the file again.")
+            raise FlJaxError(
+                f"'{path}', line {line}: '{cells[0]}' names no tissue source site of '{_CENTERS}'; get the file again."
+            )
         pid.append(cells[0])
         values.append([number(path, line, name, text) for name, text in zip((*FEATURES, "E", "T"), cells[1:], strict=True)])
     if stray := set(places) - set(pid):
-        raise FlJaxError(f"'{folder / _SPLITS}', line {places[min(stray)][2]}: '{min(stray)}' is no patient of '{_PATIENTS}'; get both again.")
+        raise FlJaxError(
+            f"'{folder / _SPLITS}', line {places[min(stray)][2]}: '{min(stray)}' is no patient of '{_PATIENTS}'; get both again."
+        )
     for name in pid:
         if name in places and regions[name[5:7]] != REGIONS[places[name][0]]:
             raise FlJaxError(
@@ -63,15 +67,17 @@ def _parse(folder: Path) -> Mapping[str, Columns]:
                 f"{regions[name[5:7]]}; get the files again."
             )
     table = np.asarray(values, np.float32)
-    return {"train": {
-        "pid": np.asarray(pid),
-        "features": table[:, :-2],
-        "E": table[:, -2].astype(np.int32),
-        "T": table[:, -1],
-        "region": np.asarray([regions[name[5:7]] for name in pid]),
-        "centre": np.asarray([places[name][0] if name in places else -1 for name in pid], np.int32),
-        "split": np.asarray([places[name][1] if name in places else _SPLIT_NAMES.index("none") for name in pid], np.int64),
-    }}
+    return {
+        "train": {
+            "pid": np.asarray(pid),
+            "features": table[:, :-2],
+            "E": table[:, -2].astype(np.int32),
+            "T": table[:, -1],
+            "region": np.asarray([regions[name[5:7]] for name in pid]),
+            "centre": np.asarray([places[name][0] if name in places else -1 for name in pid], np.int32),
+            "split": np.asarray([places[name][1] if name in places else _SPLIT_NAMES.index("none") for name in pid], np.int64),
+        }
+    }
 
 
 def _regions(path: Path) -> dict[str, str]:
@@ -149,7 +155,9 @@ def fed_tcga_brca(
     columns = {name: column[chosen] for name, column in columns.items()}
     centre, event = columns["centre"], columns["E"] > 0
     test = columns["split"] == _SPLIT_NAMES.index("test")
-    seen = [f"{name} {np.sum(event & ~test & (centre == k))}/{np.sum(event & test & (centre == k))}" for k, name in enumerate(REGIONS)]
+    seen = [
+        f"{name} {np.sum(event & ~test & (centre == k))}/{np.sum(event & test & (centre == k))}" for k, name in enumerate(REGIONS)
+    ]
     return from_arrays(
         columns["features"],
         Survival(columns["T"], event),  # type: ignore[arg-type]  # NumPy until it is moved to the device
