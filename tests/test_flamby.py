@@ -42,8 +42,8 @@ def federation(unseen=(), survival=False):
 
 PUBLISHED = {arm: (0.5, 0.6) for arm in ("FedAvg", "FedAdam", "FedYogi", "FedAdagrad", NOT_PASSED_ON, POOLED, "local a")}
 HEART = dataclasses.replace(
-    fed_heart_disease.PROTOCOL, load=federation, load_pooled=lambda unseen: standardize_features(federation(unseen), pooled_statistics),
-    rates=RATES, published=PUBLISHED)
+    fed_heart_disease.PROTOCOL, load=federation, rates=RATES, published=PUBLISHED,
+    load_pooled=lambda unseen: standardize_features(federation(unseen), pooled_statistics))
 BRCA = dataclasses.replace(
     fed_tcga_brca.PROTOCOL, load=lambda unseen: federation(unseen, survival=True), rates=RATES, published=PUBLISHED)
 
@@ -121,7 +121,8 @@ def fit_alone(dataset, protocol, config, arm, seed):
     model = protocol.model(FEATURES)
     (chosen,) = [one for one in flamby.federated_arms(protocol, model, config) if one.name == arm]
     study = training.Study(
-        model, data.stack([dataset]), dataset.site_names, dataset.unseen_names, config.rounds, config.rounds, metrics=protocol.metrics)
+        model, data.stack([dataset]), dataset.site_names, dataset.unseen_names, config.rounds, config.rounds,
+        metrics=protocol.metrics)
     runs = training.seeds_of([seed], stacked=True)._replace(hyper=initial_params(model, [seed], FEATURES))
     return training.fit(study, [chosen], [seed], runs)[arm]
 
