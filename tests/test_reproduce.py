@@ -9,6 +9,7 @@ import pytest
 from experiments import cli, reproduce, results_page
 from experiments.reproduction import STUDIES, Reproduction, Study, code_of, study
 from fl_jax import data
+from fl_jax.data.catalog import published
 from fl_jax.errors import FlJaxError
 from fl_jax.results import CLAIMS, Claim, Direction, RunFolder, describe_environment, judge, now
 
@@ -157,7 +158,7 @@ def test_every_study_states_claims_in_both_forms():
             claims = found.reproduction.claims(config)
             assert claims and len({claim.claim for claim in claims}) == len(claims)
         for dataset in found.reproduction.datasets:
-            data.published(dataset)
+            published(dataset)
     with pytest.raises(FlJaxError, match="choose from"):
         study("nonsense")
 

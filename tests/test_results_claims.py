@@ -92,7 +92,13 @@ def test_the_table_says_what_holds_what_does_not_and_why():
     table = claims_table(verdicts)
     assert [row[-1] for row in table.cells] == ["yes", "NO", "no, as known¹", "not run²", "yes"]
     assert table.notes == ("the published code clips", "not run: no data")
-    assert [row[2] for row in table.cells][::4] == [".500 ± .100", "≥ .500 − .100"]
+    assert [row[3] for row in table.cells][::4] == [".500 ± .100", "≥ .500 − .100"]
+
+
+def test_a_table_of_several_studies_names_them():
+    verdicts = [verdict([0.5, 0.5]), *not_run("other", [claim()], "no data")]
+    assert [row[0] for row in claims_table(verdicts).cells] == ["study", "other"]
+    assert claims_table(verdicts[:1]).cells[0][0] == "the mean is one half"
 
 
 def test_a_claim_is_a_value():

@@ -148,9 +148,13 @@ def from_record(item: Mapping[str, Any]) -> Verdict:
 
 
 def claims_table(verdicts: Sequence[Verdict], title: str = "", *, sources: bool = True) -> Table:
-    """Published beside measured, one row a claim; why one does not hold or was not run is a footnote. sources: with their column."""
+    """Published beside measured, one row a claim; why one does not hold or was not run is a footnote. sources: with their column.
+
+    A study is named where there are several.
+    """
+    several = len({verdict.study for verdict in verdicts}) > 1
     columns = [
-        Column("claim", "claim", right=False), *([Column("source", "source", right=False)] if sources else []),
+        *([Column("study", "study", right=False)] if several else []), Column("claim", "claim", right=False), *([Column("source", "source", right=False)] if sources else []),
         Column("published", "published"), Column("measured", "measured"), Column("seeds", "seeds"), Column("holds", "holds", right=False),
     ]
     return comparison_table([_row(verdict) for verdict in verdicts], columns, title)
@@ -165,7 +169,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         interval = "" if verdict.low is None or verdict.high is None else f" [{show(verdict.low)}, {show(verdict.high)}]"
         measured = show(verdict.measured) + interval
     return {
-        "claim": f"{claim.claim}{' (quick)' if claim.quick else ''}", "source": claim.source, "published": published, "measured": measured,
+        "study": verdict.study, "claim": f"{claim.claim}{' (quick)' if claim.quick else ''}", "source": claim.source, "published": published, "measured": measured,
         "seeds": verdict.seeds or None, "holds": Noted(_holds(verdict), verdict.cause),
     }
 
