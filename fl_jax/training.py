@@ -22,7 +22,7 @@ from fl_jax.checkpoint import Checkpoints
 from fl_jax.core import on_every_device
 from fl_jax.errors import FlJaxError
 from fl_jax.programs import Arm, Block, Measure, Measured, Program, Runs, Study, block_length, compile_arms, seeds_of
-from fl_jax.results.rows import OVER_SITES, evaluation_rows, round_rows
+from fl_jax.results.rows import OVER_SITES, Label, evaluation_rows, round_rows
 from fl_jax.results.run_folder import MetricRow, RunFolder, frame
 from fl_jax.types import Metrics, State
 
@@ -44,18 +44,20 @@ class Fit(NamedTuple):
 
 def fit(
     study: Study, arms: Sequence[Arm], seeds: Sequence[int], runs: Runs, *,
-    folder: RunFolder | None = None, resume: bool = False, progress: bool = True,
+    variants: Sequence[str] = (), folder: RunFolder | None = None, resume: bool = False, progress: bool = True,
 ) -> dict[str, Fit]:
     """Trains the arms one after another, each in all its runs, and measures them at every site.
 
-    seeds: int label of each run in the rows. folder: where rows are appended and checkpoints kept (checkpoints/<arm>), one after
+    seeds: int label of each run in the rows. variants: what the rows of each run add to the arm's name, such as ", mu 1", where runs
+    differ in more than their seed. folder: where rows are appended and checkpoints kept (checkpoints/<arm>), one after
     each evaluation; None keeps everything in memory. resume: goes on from the newest intact checkpoint of each arm, bit for bit.
     progress: a bar with rounds/s and the time left, on a terminal only.
 
     Ctrl-C ends the block that runs, saves it and raises KeyboardInterrupt; a second one stops at once. Raises FlJaxError where every
     message of a round was not finite, naming the round and the sites: what was saved before stays.
     """
-    _check(study, arms, seeds, runs)
+    variants = variants or [""] * len(seeds)
+    _check(study, arms, seeds, runs, variants)
     study = study._replace(splits=on_every_device(study.splits, study.mesh))
     with tqdm(total=len(arms), desc="compiling", unit="arm", leave=False, disable=None if progress else True) as bar:
         programs, measure = compile_arms(study, arms, runs, bar)
@@ -63,11 +65,14 @@ def fit(
         folder.compile_seconds += sum(program.compile_seconds for program in programs)
     with _interruptible() as stop:
         return {
-            program.name: _fit_arm(study, program, measure, seeds, runs, stop, folder, resume, progress) for program in programs
+            program.name: _fit_arm(
+                study, program, measure, [Label(f"{program.name}{variant}", seed) for variant, seed in zip(variants, seeds, strict=True)],
+                runs, stop, folder, resume, progress)
+            for program in programs
         }
 
 
-def _check(study: Study, arms: Sequence[Arm], seeds: Sequence[int], runs: Runs) -> None:
+def _check(study: Study, arms: Sequence[Arm], seeds: Sequence[int], runs: Runs, variants: Sequence[str]) -> None:
     if study.rounds < 1 or study.evaluate_every < 1:
         raise FlJaxError(f"rounds is {study.rounds} and evaluate_every {study.evaluate_every}: give 1 or more for both.")
     for name in (*study.site_names, *study.unseen_names):
@@ -77,12 +82,15 @@ def _check(study: Study, arms: Sequence[Arm], seeds: Sequence[int], runs: Runs) 
     for arm, folder in zip(arms, folders, strict=True):
         if folders.count(folder) > 1:
             raise FlJaxError(f"two arms are called {arm.name!r} or differ from it in punctuation or case only: name them apart.")
-    if not len(seeds) == runs.key.shape[0] == runs.data.shape[0]:
-        raise FlJaxError(f"there are {len(seeds)} seeds for {runs.key.shape[0]} keys and {runs.data.shape[0]} data sets: give each run one.")
+    if not len(seeds) == len(variants) == runs.key.shape[0] == runs.data.shape[0]:
+        raise FlJaxError(f"there are {len(seeds)} seeds for {runs.key.shape[0]} keys, {runs.data.shape[0]} data sets and {len(variants)} variants: "
+                         "give each run one.")
+    if len({*zip(variants, seeds, strict=True)}) < len(seeds):
+        raise FlJaxError("two runs of an arm have one seed, so that their rows would be one: tell them apart by `variants`.")
 
 
 def _fit_arm(
-    study: Study, arm: Program, measure: Measure, seeds: Sequence[int], runs: Runs, stop: threading.Event,
+    study: Study, arm: Program, measure: Measure, labels: Sequence[Label], runs: Runs, stop: threading.Event,
     folder: RunFolder | None, resume: bool, progress: bool,
 ) -> Fit:
     with contextlib.ExitStack() as stack:
@@ -94,9 +102,10 @@ def _fit_arm(
             if resume:
                 found = checkpoints.restore_latest(state)
                 done, state = (found[0], found[1]) if found is not None else (0, state)
-                folder.truncate_after(arm.name, done)
+                own = {label.arm for label in labels}
+                folder.truncate_after(own, done)
                 before = folder.metrics()
-                rows.append(before[before["arm"] == arm.name])
+                rows.append(before[before["arm"].isin(own)])
         bar = stack.enter_context(tqdm(
             total=study.rounds, initial=done, desc=arm.name, unit="round", leave=False, disable=None if progress else True))
         while done < study.rounds:
@@ -104,8 +113,8 @@ def _fit_arm(
             state, block = arm.blocks[length](runs, study.splits, state)
             measured = measure(study.splits, block.outputs)
             block, measured = jax.device_get((block, measured))
-            _refuse_all_nonfinite(study, arm, seeds, done, block)
-            new = list(_block_rows(study, arm, seeds, done + length, block, measured))
+            _refuse_all_nonfinite(study, arm, labels, done, block)
+            new = list(_block_rows(study, arm, labels, done + length, block, measured))
             done += length
             if folder is not None and checkpoints is not None:
                 folder.append_metrics(new)
@@ -119,15 +128,15 @@ def _fit_arm(
 
 
 def _block_rows(
-    study: Study, arm: Program, seeds: Sequence[int], done: int, block: Block, measured: Measured
+    study: Study, arm: Program, labels: Sequence[Label], done: int, block: Block, measured: Measured
 ) -> Iterator[MetricRow]:
     first = done - block.ids.shape[1] + 1
-    yield from round_rows(arm.name, seeds, first, block.rounds, arm.payload)
+    yield from round_rows(labels, first, block.rounds, arm.payload)
     for split, names in (("validation", study.site_names), ("test", study.site_names), ("unseen", study.unseen_names)):
-        yield from evaluation_rows(arm.name, seeds, done, split, names, getattr(measured, split))
+        yield from evaluation_rows(labels, done, split, names, getattr(measured, split))
 
 
-def _refuse_all_nonfinite(study: Study, arm: Program, seeds: Sequence[int], done: int, block: Block) -> None:
+def _refuse_all_nonfinite(study: Study, arm: Program, labels: Sequence[Label], done: int, block: Block) -> None:
     """Raises where a round had messages and none of them was finite."""
     server: Metrics = block.rounds.server
     dead = np.argwhere((np.asarray(server["participants"]) == 0) & (np.asarray(server["nonfinite"]) > 0))
@@ -138,7 +147,7 @@ def _refuse_all_nonfinite(study: Study, arm: Program, seeds: Sequence[int], done
         names = [study.site_names[i] if own else f"client {i} of {arm.num_clients}" for i in bad]
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
         raise FlJaxError(
-            f"{arm.name}, seed {seeds[s]}: in round {done + int(t) + 1} no site sent a finite update "
+            f"{labels[s].arm}, seed {labels[s].seed}: in round {done + int(t) + 1} no site sent a finite update "
             f"({', '.join(names[:MOST_NAMED])}{more}); lower the learning rate or look at these sites' records.")
 
 

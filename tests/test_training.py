@@ -83,10 +83,10 @@ def runs(rates=RATES):
     return training.seeds_of(KEYS, stacked=False)._replace(hyper=jnp.array(rates))
 
 
-def fit(arms, folder=None, *, of=None, rates=RATES):
+def fit(arms, folder=None, *, of=None, rates=RATES, labels=LABELS, **options):
     if folder is not None:
         folder = RunFolder.create(folder, CONFIG, resume=True)
-    return training.fit(of or study(), arms, LABELS, runs(rates), folder=folder, resume=folder is not None)
+    return training.fit(of or study(), arms, labels, runs(rates), folder=folder, resume=folder is not None, **options)
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +140,11 @@ def after_append(monkeypatch, count, action):
     monkeypatch.setattr(RunFolder, "append_metrics", appended)
 
 
-def stop(monkeypatch, folder, blocks, arms=BOTH):
+def stop(monkeypatch, folder, blocks, arms=BOTH, **options):
     """Trains until Ctrl-C comes in a block."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
         after_append(patch, blocks, lambda: signal.raise_signal(signal.SIGINT))
-        fit(arms, folder)
+        fit(arms, folder, **options)
     return str(stopped.value)
 
 
@@ -246,6 +246,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(again, mo
     assert_ended_like(again, tmp_path, fits, [FEDAVG])
 
 
+def test_runs_that_differ_in_more_than_their_seed_have_rows_of_their_own(again, monkeypatch, tmp_path):
+    labels, variants = [7, 7, 8], [", rate .1", ", rate .5", ", rate .5"]
+    stop(monkeypatch, tmp_path, 2, [FEDAVG], labels=labels, variants=variants)
+    whole = again[1]["FedAvg"].rows
+    rows = fit([FEDAVG], tmp_path, labels=labels, variants=variants)["FedAvg"].rows
+    pd.testing.assert_frame_equal(rows, load_metrics(tmp_path))
+    for label, seed, variant in zip(LABELS, labels, variants, strict=True):
+        own = rows[(rows["arm"] == f"FedAvg{variant}") & (rows["seed"] == seed)].drop(columns=["arm", "seed"])
+        pd.testing.assert_frame_equal(
+            own.reset_index(drop=True), whole[whole["seed"] == label].drop(columns=["arm", "seed"]).reset_index(drop=True))
+
+
 def test_another_configuration_is_refused_with_the_difference(again):
     other = {**CONFIG, "optimizer": {"learning_rate": [0.1, 0.1, 0.4]}}
     with pytest.raises(FlJaxError, match=r"optimizer.learning_rate: \[0.1, 0.1, 0.5\] -> \[0.1, 0.1, 0.4\]"):
@@ -304,7 +316,8 @@ def test_a_site_whose_messages_are_not_finite_is_left_out_and_counted_and_the_ru
     ({"of": study(site_names=("large", "mean", "c"))}, "a site is called 'mean', as rows over all sites are"),
     ({"arms": [FEDAVG, FEDAVG]}, "two arms are called 'FedAvg' or differ from it in punctuation or case only"),
     ({"arms": [FEDAVG._replace(name="a/b"), FEDAVG._replace(name="a b")]}, "two arms are called 'a/b'"),
-    ({"rates": (0.1, 0.1, 0.5), "labels": (1, 2)}, "2 seeds for 3 keys and 3 data sets"),
+    ({"labels": (1, 2)}, "2 seeds for 3 keys, 3 data sets and 2 variants"),
+    ({"labels": (1, 2, 1)}, "two runs of an arm have one seed"),
     ({"arms": [FEDAVG._replace(sampling=lambda sites: sampling.fixed_size(4, sites.size.shape[0]))]},
      "a cohort of 4 cannot be drawn from 3 clients: choose 1 to 3"),
 ], ids=lambda value: value if isinstance(value, str) else "")

@@ -1,7 +1,7 @@
 """Device metrics as rows of metrics.csv: what a round reports, and what an evaluation finds at each site."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,15 +12,22 @@ from fl_jax.results.run_folder import MetricRow
 from fl_jax.types import RoundMetrics
 
 
-def evaluation_rows(
-    arm: str, seeds: Sequence[int], round: int, split: str, names: Sequence[str], metrics: SiteMetrics | UnseenMetrics
-) -> Iterator[MetricRow]:
-    """One row per seed, site and metric, then pooled ("all"), mean, worst and spread ("std") over sites; with why one is missing.
+class Label(NamedTuple):
+    """What the rows of a run are called."""
 
-    metrics: of all seeds, every leaf with a leading axis of them. names: of the N sites.
+    arm: str
+    seed: int
+
+
+def evaluation_rows(
+    labels: Sequence[Label], round: int, split: str, names: Sequence[str], metrics: SiteMetrics | UnseenMetrics
+) -> Iterator[MetricRow]:
+    """One row per run, site and metric, then pooled ("all"), mean, worst and spread ("std") over sites; with why one is missing.
+
+    metrics: of all runs, every leaf with a leading axis of them. names: of the N sites.
     """
     counts = {name: np.asarray(value) for name, value in metrics.counts.items()}
-    for s, seed in enumerate(seeds):
+    for s, (arm, seed) in enumerate(labels):
         for name, values in metrics.site.items():
             for i, (site, value) in enumerate(zip(names, np.asarray(values)[s].tolist(), strict=True)):
                 reason = why_undefined(value, {key: int(count[s, i]) for key, count in counts.items()})
@@ -35,9 +42,9 @@ def evaluation_rows(
 
 
 def round_rows(
-    arm: str, seeds: Sequence[int], first_round: int, metrics: RoundMetrics, payload: tuple[int, int]
+    labels: Sequence[Label], first_round: int, metrics: RoundMetrics, payload: tuple[int, int]
 ) -> Iterator[MetricRow]:
-    """One row per seed, round and metric of split "round": the mean training loss, the server's metrics, bytes down and up.
+    """One row per run, round and metric of split "round": the mean training loss, the server's metrics, bytes down and up.
 
     metrics: every leaf [S, T, ...], of rounds first_round, first_round + 1, ... payload: bytes (down, up) of one client.
     """
@@ -49,7 +56,7 @@ def round_rows(
         losses = np.where(participated > 0, np.asarray(metrics.clients["loss"]), 0)
         server["loss"] = np.where(total > 0, (losses * weight).sum(-1) / np.maximum(total, 1), np.nan)
     server["bytes_down"], server["bytes_up"] = (server["participants"] * size for size in payload)
-    for s, seed in enumerate(seeds):
+    for s, (arm, seed) in enumerate(labels):
         for t in range(total.shape[1]):
             for name, values in server.items():
                 value = float(values[s, t])

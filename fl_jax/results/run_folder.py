@@ -16,7 +16,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -196,13 +196,13 @@ class RunFolder:
                 os.truncate(path, end)
                 raise
 
-    def truncate_after(self, arm: str, round: int, seed: int | None = None) -> None:
-        """Drop the rows of an arm (of one seed, or of all) beyond a round: those that a resumed run is about to measure again.
+    def truncate_after(self, arm: str | Collection[str], round: int, seed: int | None = None) -> None:
+        """Drop the rows of an arm or several (of one seed, or of all) beyond a round: those that a resumed run is about to measure again.
 
         round: rows of this round stay. Other arms' rows, and the order of all, stay as they are. Raises FlJaxError.
         """
         metrics = load_metrics(self.path)
-        beyond = (metrics["arm"] == arm) & (metrics["round"] > round)
+        beyond = metrics["arm"].isin({arm} if isinstance(arm, str) else arm) & (metrics["round"] > round)
         if seed is not None:
             beyond &= metrics["seed"] == seed
         with disk_errors(f"rewrite {self.path / METRICS}"):
