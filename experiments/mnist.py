@@ -1,0 +1,55 @@
+"""MNIST and Fashion-MNIST dealt to clients by a partition: to choose by validation images, and to measure by the official test set."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fl_jax import models
+from fl_jax.data import FederatedDataset, Source, fashion_mnist, from_sources, mnist, no_records
+from fl_jax.types import Array, Model
+
+Partition = Callable[[np.random.Generator, np.ndarray], np.ndarray]
+"""(rng, labels int[R]) -> the client of each training image, e.g. lambda rng, y: data.shards(rng, y, 100)."""
+
+Load = Callable[[str], Source]
+"""("train" or "test") -> the images."""
+
+IMAGES: dict[str, Load] = {"mnist": mnist, "fashion_mnist": fashion_mnist}
+"""The sources by the names of fl_jax.data's catalog."""
+
+
+def to_measure(images: Load, partition: Partition, seed: int) -> FederatedDataset:
+    """All training images at the clients, the official test set dealt to them evenly ("all" in the metrics is the test set); no
+    validation images. The seed draws the partition."""
+    return _dealt(images, partition, seed, 0.0)
+
+
+def to_choose(images: Load, partition: Partition, seed: int, validation: float) -> FederatedDataset:
+    """The same clients, a share of whose own training images is for validation; without the test images, which can then play no part.
+
+    validation: e.g. 1/12, which is 5,000 of 60,000. A client keeps the other images for training.
+    """
+    dataset = _dealt(images, partition, seed, validation)
+    empty = no_records(dataset.train)._replace(offsets=np.zeros(dataset.num_sites + 1, np.int64))
+    return replace(dataset, test=empty)
+
+
+def _dealt(images: Load, partition: Partition, seed: int, validation: float) -> FederatedDataset:
+    train, test = images("train"), images("test")
+    rng = np.random.default_rng(seed)
+    return from_sources(train, partition(rng, train.y), test=test, validation=validation, seed=rng)
+
+
+def unit_pixels(x: Array) -> Array:
+    """uint8 pixels as float32 in [0, 1]."""
+    return x.astype(jnp.float32) / 255
+
+
+def classifier(module: nn.Module, shape: tuple[int, ...] = (28, 28, 1)) -> Model:
+    """A network of grey images uint8[B, 28, 28, 1], trained by softmax cross-entropy on pixels in [0, 1]."""
+    example = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
+    return models.bridge(module, example, models.softmax_cross_entropy, preprocess=unit_pixels)
