@@ -1,0 +1,89 @@
+"""A grid of learning rates: its points, the rows of runs that try them all in one program, and the choice by validation records.
+
+    runs = rate_grid.rows(axes, training.seeds_of(seeds, stacked=True))
+    fits = training.fit(study, arms, range(len(runs.key)), runs)
+    chosen = rate_grid.choose(axes, rate_grid.validation_scores(axes, len(seeds), fits[name].rows, "accuracy"))
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from fl_jax import sweep
+from fl_jax.errors import FlJaxError
+from fl_jax.results import select
+from fl_jax.training import Runs
+
+Axes = Mapping[str, Sequence[float]]
+"""Name of a hyper-parameter -> its values, ascending. The grid is their product, the last name changing fastest."""
+
+
+class Choice(NamedTuple):
+    """The best point of a grid. score: its mean over seeds. edges: the hyper-parameters that are the least or the largest of their
+    several values: a better point may lie beyond."""
+
+    point: dict[str, float]
+    score: float
+    edges: tuple[str, ...]
+
+
+def points(axes: Axes) -> list[dict[str, float]]:
+    """All points, name -> value. Raises FlJaxError where there is no axis, or one has no value, or values that do not ascend."""
+    if not axes:
+        raise FlJaxError("A grid needs at least one hyper-parameter with its values.")
+    for name, values in axes.items():
+        if not values or not all(a < b for a, b in itertools.pairwise(values)):
+            raise FlJaxError(f"The values of {name} in a grid must ascend, and there must be one, but they are {list(values)}.")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def rows(axes: Axes, seeds: Runs) -> Runs:
+    """Every point with every seed: G * S runs, the seeds of a point side by side; hyper is a dict, name -> float32[G * S].
+
+    seeds: S runs without hyper-parameters, e.g. of training.seeds_of. Run i has point i // S and seed i % S: label the runs of
+    training.fit by their number, range(G * S), for `validation_scores` to tell them apart.
+    """
+    every = points(axes)
+    columns = {name: jnp.asarray([point[name] for point in every], jnp.float32) for name in axes}
+    key, hyper = sweep.grid(seeds.key, columns)
+    return Runs(key, jnp.tile(seeds.data, len(every)), hyper)
+
+
+def validation_scores(
+    axes: Axes, num_seeds: int, metrics: pd.DataFrame, metric: str, *, site: str = "all", after: int = 0
+) -> npt.NDArray[np.float64]:
+    """The mean of a metric on validation records over the rounds that follow round `after`: float64[G, S].
+
+    metrics: the rows of one arm, its runs labelled by their number. Other splits are not looked at. NaN where one of the rounds has no
+    value, as where a run has diverged. Raises FlJaxError where a run has no such rows.
+    """
+    kept = select(metrics, metric, "validation", site)
+    kept = kept[kept["round"] > after]
+    means = kept.groupby("seed")["value"].agg(lambda values: values.mean(skipna=False))
+    number = len(points(axes)) * num_seeds
+    if sorted(means.index) != list(range(number)):
+        raise FlJaxError(
+            f"A grid of {number} runs needs {metric} on validation records after round {after} of all of them, labelled from 0 to "
+            f"{number - 1}, and there are {len(means)}.")
+    return means.sort_index().to_numpy().reshape(-1, num_seeds)
+
+
+def choose(axes: Axes, scores: npt.ArrayLike) -> Choice:
+    """The point whose mean score over seeds is the largest; of equal ones the first.
+
+    scores: float[G, S] in the order of `points`, larger is better. A point that lacks a score (NaN) in some seed is not chosen; raises
+    FlJaxError where all do.
+    """
+    every, means = points(axes), np.asarray(scores, np.float64).mean(axis=1)
+    if len(means) != len(every):
+        raise FlJaxError(f"A grid of {len(every)} points needs a score of each, but there are {len(means)}.")
+    if np.isnan(means).all():
+        raise FlJaxError("No point of the grid has a score in all of its seeds: lower the rates.")
+    best = every[int(np.nanargmax(means))]
+    edges = tuple(name for name, values in axes.items() if len(values) > 1 and best[name] in (values[0], values[-1]))
+    return Choice(best, float(np.nanmax(means)), edges)
