@@ -1,8 +1,9 @@
 """A grid of learning rates: its points, the rows of runs that try them all in one program, and the choice by validation records.
 
     runs = rate_grid.rows(axes, training.seeds_of(seeds, stacked=True))
-    fits = training.fit(study, arms, range(len(runs.key)), runs)
-    chosen = rate_grid.choose(axes, rate_grid.validation_scores(axes, len(seeds), fits[name].rows, "accuracy"))
+    variants, labels = rate_grid.labels(axes, seeds)
+    fits = training.fit(study, arms, labels, runs, variants=variants)
+    chosen = rate_grid.choose(axes, rate_grid.validation_scores(axes, fits[name].rows, name, "accuracy"))
 """
 
 import itertools
@@ -45,8 +46,7 @@ def points(axes: Axes) -> list[dict[str, float]]:
 def rows(axes: Axes, seeds: Runs) -> Runs:
     """Every point with every seed: G * S runs, the seeds of a point side by side; hyper is a dict, name -> float32[G * S].
 
-    seeds: S runs without hyper-parameters, e.g. of training.seeds_of. Run i has point i // S and seed i % S: label the runs of
-    training.fit by their number, range(G * S), for `validation_scores` to tell them apart.
+    seeds: S runs without hyper-parameters, e.g. of training.seeds_of.
     """
     every = points(axes)
     columns = {name: jnp.asarray([point[name] for point in every], jnp.float32) for name in axes}
@@ -54,23 +54,34 @@ def rows(axes: Axes, seeds: Runs) -> Runs:
     return Runs(key, jnp.tile(seeds.data, len(every)), hyper)
 
 
-def validation_scores(
-    axes: Axes, num_seeds: int, metrics: pd.DataFrame, metric: str, *, site: str = "all", after: int = 0
-) -> npt.NDArray[np.float64]:
-    """The mean of a metric on validation records over the rounds that follow round `after`: float64[G, S].
+def labels(axes: Axes, seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+    """What training.fit calls these runs, in the order of `rows`: its arguments `variants` and `seeds`, G * S of each."""
+    every = points(axes)
+    return [suffix(point) for point in every for _ in seeds], [seed for _ in every for seed in seeds]
 
-    metrics: the rows of one arm, its runs labelled by their number. Other splits are not looked at. NaN where one of the rounds has no
-    value, as where a run has diverged. Raises FlJaxError where a run has no such rows.
+
+def suffix(point: Mapping[str, float]) -> str:
+    """What the rows of a point add to the arm's name: ", client rate 0.1, server rate 1"."""
+    return "".join(f", {name} {value:.4g}" for name, value in point.items())
+
+
+def validation_scores(
+    axes: Axes, metrics: pd.DataFrame, arm: str, metric: str, *, site: str = "all", after: int = 0
+) -> npt.NDArray[np.float64]:
+    """The mean of a metric on validation records over the rounds that follow round `after`: float64[G, S], seeds ascending.
+
+    metrics: rows of runs that are called by `labels`; other arms and splits are not looked at. NaN where one of the rounds has no value,
+    as where a run has diverged. Raises FlJaxError where a point has no such rows, or other seeds than the first.
     """
-    kept = select(metrics, metric, "validation", site)
+    names = [f"{arm}{suffix(point)}" for point in points(axes)]
+    kept = select(metrics, metric, "validation", site, names)
     kept = kept[kept["round"] > after]
-    means = kept.groupby("seed")["value"].agg(lambda values: values.mean(skipna=False))
-    number = len(points(axes)) * num_seeds
-    if sorted(means.index) != list(range(number)):
-        raise FlJaxError(
-            f"A grid of {number} runs needs {metric} on validation records after round {after} of all of them, labelled from 0 to "
-            f"{number - 1}, and there are {len(means)}.")
-    return means.sort_index().to_numpy().reshape(-1, num_seeds)
+    means = kept.groupby(["arm", "seed"])["value"].agg(lambda values: values.mean(skipna=False))
+    table = means.unstack()
+    counts = kept.groupby(["arm", "seed"]).size()
+    if set(table.index) != set(names) or len(counts) != table.size or counts.nunique() != 1:
+        raise FlJaxError(f"The grid of {arm} is not complete: measure all of its points in the same seeds and rounds after round {after}.")
+    return table.loc[names].to_numpy()
 
 
 def choose(axes: Axes, scores: npt.ArrayLike) -> Choice:

@@ -17,15 +17,18 @@ from fl_jax.results.run_folder import frame
 AXES = {"client": (0.01, 0.1, 1.0), "server": (0.5, 2.0)}
 
 
-def rows_of(scores, rounds=(1, 2)):
-    """Validation accuracy of run i in each round: scores[i] plus what sums to 0 over the rounds; and other rows that say the reverse."""
+def rows_of(axes, scores, rounds=(1, 2)):
+    """Validation accuracy of each point and seed in each round: its score and what sums to 0; and other rows that say the reverse."""
     found = []
-    for run, score in enumerate(scores):
-        for round, shift in zip(rounds, np.linspace(-0.05, 0.05, len(rounds)), strict=True):
-            found.append(MetricRow("a", run, round, "validation", "all", "accuracy", score + shift))
-            found += [MetricRow("a", run, round, split, site, metric, -score) for split, site, metric in (
-                ("test", "all", "accuracy"), ("validation", "mean", "accuracy"), ("validation", "all", "loss"))]
-    return frame(found)
+    for point, of_seeds in zip(rate_grid.points(axes), scores, strict=True):
+        arm = f"a{rate_grid.suffix(point)}"
+        for seed, score in enumerate(of_seeds):
+            for round, shift in zip(rounds, np.linspace(-0.05, 0.05, len(rounds)), strict=True):
+                found.append(MetricRow(arm, seed, round, "validation", "all", "accuracy", score + shift))
+                found += [MetricRow(name, seed, round, split, site, metric, -score) for name, split, site, metric in (
+                    (arm, "test", "all", "accuracy"), (arm, "validation", "mean", "accuracy"), (arm, "validation", "all", "loss"),
+                    (f"other{arm}", "validation", "all", "accuracy"))]
+    return frame(found).sample(frac=1, random_state=0)
 
 
 def test_runs_are_the_product_of_points_and_seeds():
@@ -37,11 +40,14 @@ def test_runs_are_the_product_of_points_and_seeds():
     np.testing.assert_allclose([*found], expected, rtol=1e-6)
     np.testing.assert_array_equal(jax.random.key_data(runs.key), keys[np.array([seed for *_, seed in expected])])
     assert rate_grid.points(AXES)[4] == {"client": 1.0, "server": 0.5}
+    variants, labels = rate_grid.labels(AXES, [7, 8, 9])
+    assert labels == [7, 8, 9] * 6 and variants[:4] == [", client 0.01, server 0.5"] * 3 + [", client 0.01, server 2"]
+    assert len({*zip(variants, labels, strict=True)}) == 18
 
 
 def test_the_best_mean_on_validation_records_is_chosen():
     scores = np.array([[0.1, 0.2], [0.2, 0.3], [0.5, 0.6], [0.9, 0.1], [0.0, 0.0], [0.4, 0.5]])
-    found = rate_grid.validation_scores(AXES, 2, rows_of(scores.reshape(-1)), "accuracy")
+    found = rate_grid.validation_scores(AXES, rows_of(AXES, scores), "a", "accuracy")
     np.testing.assert_allclose(found, scores)
     choice = rate_grid.choose(AXES, found)
     assert choice.point == {"client": 0.1, "server": 0.5} and choice.score == pytest.approx(0.55)
@@ -49,18 +55,19 @@ def test_the_best_mean_on_validation_records_is_chosen():
 
 
 def test_a_score_is_the_mean_of_the_rounds_that_follow():
-    found = rate_grid.validation_scores({"client": (1.0, 2.0)}, 1, rows_of([0.3, 0.5], rounds=(2, 4, 6)), "accuracy", after=2)
+    axes = {"client": (1.0, 2.0)}
+    found = rate_grid.validation_scores(axes, rows_of(axes, [[0.3], [0.5]], rounds=(2, 4, 6)), "a", "accuracy", after=2)
     np.testing.assert_allclose(found, [[0.325], [0.525]])
 
 
 def test_a_point_that_diverged_in_one_seed_is_not_chosen():
-    scores = [[0.9, np.nan], [0.2, 0.3]]
-    assert rate_grid.choose({"client": (1.0, 2.0)}, scores).point == {"client": 2.0}
-    metrics = rows_of([0.9, 0.2])
-    metrics.loc[(metrics["seed"] == 0) & (metrics["round"] == 1), "value"] = np.nan
-    assert np.isnan(rate_grid.validation_scores({"client": (1.0, 2.0)}, 1, metrics, "accuracy")).tolist() == [[True], [False]]
+    axes = {"client": (1.0, 2.0)}
+    assert rate_grid.choose(axes, [[0.9, np.nan], [0.2, 0.3]]).point == {"client": 2.0}
+    metrics = rows_of(axes, [[0.9, 0.9], [0.2, 0.2]])
+    metrics.loc[(metrics["arm"] == "a, client 1") & (metrics["seed"] == 1) & (metrics["round"] == 1), "value"] = np.nan
+    assert np.isnan(rate_grid.validation_scores(axes, metrics, "a", "accuracy")).tolist() == [[False, True], [False, False]]
     with pytest.raises(FlJaxError, match="lower the rates"):
-        rate_grid.choose({"client": (1.0, 2.0)}, [[np.nan, 0.1], [0.1, np.nan]])
+        rate_grid.choose(axes, [[np.nan, 0.1], [0.1, np.nan]])
 
 
 @pytest.mark.parametrize(("best", "edges"), [(0, ("client",)), (1, ()), (2, ("client",))])
@@ -76,8 +83,11 @@ def test_what_is_no_grid_is_one_sentence():
         rate_grid.points({"client": (0.1, 0.1)})
     with pytest.raises(FlJaxError, match="a score of each"):
         rate_grid.choose(AXES, [[1.0]])
-    with pytest.raises(FlJaxError, match="needs accuracy on validation records after round 0 of all"):
-        rate_grid.validation_scores(AXES, 2, rows_of(np.ones(11)), "accuracy")
+    metrics = rows_of(AXES, np.ones((6, 2)))
+    for gone in (metrics["arm"] == "a, client 1, server 2", (metrics["arm"] == "a, client 1, server 2") & (metrics["seed"] == 1),
+                 (metrics["arm"] == "a, client 1, server 2") & (metrics["round"] == 1)):
+        with pytest.raises(FlJaxError, match="is not complete|no such metrics"):
+            rate_grid.validation_scores(AXES, metrics[~gone], "a", "accuracy")
 
 
 def test_a_run_of_the_grid_is_the_run_with_that_rate_alone(plain_model):
