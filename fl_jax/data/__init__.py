@@ -4,7 +4,7 @@ from fl_jax.data.arrays import from_arrays
 from fl_jax.data.catalog import ensure_prepared
 from fl_jax.data.csv_table import parse_csv
 from fl_jax.data.describe import class_counts, describe, site_class_counts
-from fl_jax.data.federated import FederatedDataset, hold_out, pooled_train, stack
+from fl_jax.data.federated import FederatedDataset, as_one_site, hold_out, pooled_train, stack
 from fl_jax.data.hospitals import simulated_hospitals
 from fl_jax.data.leaf import read_leaf
 from fl_jax.data.partition import (
@@ -46,6 +46,7 @@ __all__ = [
     "Source",
     "Table",
     "as_measured",
+    "as_one_site",
     "breast_cancer",
     "by_column",
     "calibrate",

@@ -135,9 +135,13 @@ def pooled_train(splits: Splits) -> Splits:
 
     Works on a single and on a stacked Splits, inside `jit` and `vmap`: records lie one site after another and padding at the end.
     """
-    train = splits.train
-    size = jnp.sum(train.size, axis=-1, keepdims=True, dtype=jnp.int32)
-    return splits._replace(train=train._replace(offset=train.offset[..., :1], size=size))
+    return splits._replace(train=as_one_site(splits.train))
+
+
+def as_one_site(sites: Sites) -> Sites:
+    """All records of a split, single or stacked, as those of one site."""
+    size = jnp.sum(sites.size, axis=-1, keepdims=True, dtype=jnp.int32)
+    return sites._replace(offset=sites.offset[..., :1], size=size)
 
 
 def hold_out(dataset: FederatedDataset, names: Sequence[str]) -> FederatedDataset:

@@ -64,8 +64,8 @@ def fedprox_synthetic(
     """FedProx's Synthetic(alpha, beta) as its published code makes it: x float32[R, 60], y int32[R], 10 classes, 30 devices.
 
     Sizes are `synthetic_sizes`, records `synthetic`; of each device's n records, in an order drawn by chance, int(.9 n) train and the
-    others test. seed draws everything (the published code always takes 0, and shuffles without a seed). validation: a fraction of
-    each device's training records. largest: a cap on the records of a device, which the published code has not.
+    others test. seed draws everything (the published generator takes none: its own draw is not among these). validation: a fraction of each
+    device's training records. largest: a cap on the records of a device, which the published code has not.
     """
     return _published(seed, alpha, beta, False, num_sites, validation, largest)
 
