@@ -70,8 +70,8 @@ def validation_scores(
 ) -> npt.NDArray[np.float64]:
     """The mean of a metric on validation records over the rounds that follow round `after`: float64[G, S], seeds ascending.
 
-    metrics: rows of runs that are called by `labels`; other arms and splits are not looked at. NaN where one of the rounds has no value,
-    as where a run has diverged. Raises FlJaxError where a point has no such rows, or other seeds than the first.
+    metrics: rows of runs that are called by `labels`; other arms and splits are not looked at. NaN for a run that has diverged:
+    one of the rounds has no value, or no message of some round was finite (training.fit with may_diverge). Raises FlJaxError where a point has no such rows, or other seeds than the first.
     """
     names = [f"{arm}{suffix(point)}" for point in points(axes)]
     kept = select(metrics, metric, "validation", site, names)
@@ -81,7 +81,15 @@ def validation_scores(
     counts = kept.groupby(["arm", "seed"]).size()
     if set(table.index) != set(names) or len(counts) != table.size or counts.nunique() != 1:
         raise FlJaxError(f"The grid of {arm} is not complete: measure all of its points in the same seeds and rounds after round {after}.")
-    return table.loc[names].to_numpy()
+    return np.where(_diverged(metrics, table.loc[names]), np.nan, table.loc[names])
+
+
+def _diverged(metrics: pd.DataFrame, runs: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """bool like `runs`, which has an arm a row and a seed a column: whether every message of some round was not finite."""
+    rounds = metrics[(metrics["split"] == "round") & metrics["metric"].isin(("participants", "nonfinite"))]
+    wide = rounds.pivot(index=["arm", "seed", "round"], columns="metric", values="value").reindex(columns=["participants", "nonfinite"])
+    dead = {label[:2] for label in wide.index[(wide["participants"] == 0) & (wide["nonfinite"] > 0)]}
+    return np.array([[(arm, seed) in dead for seed in runs.columns] for arm in runs.index])
 
 
 def choose(axes: Axes, scores: npt.ArrayLike) -> Choice:

@@ -45,16 +45,18 @@ class Fit(NamedTuple):
 def fit(
     study: Study, arms: Sequence[Arm], seeds: Sequence[int], runs: Runs, *,
     variants: Sequence[str] = (), folder: RunFolder | None = None, resume: bool = False, progress: bool = True,
+    may_diverge: bool = False,
 ) -> dict[str, Fit]:
     """Trains the arms one after another, each in all its runs, and measures them at every site.
 
     seeds: int label of each run in the rows. variants: what the rows of each run add to the arm's name, such as ", mu 1", where runs
     differ in more than their seed. folder: where rows are appended and checkpoints kept (checkpoints/<arm>), one after
     each evaluation; None keeps everything in memory. resume: goes on from the newest intact checkpoint of each arm, bit for bit.
-    progress: a bar with rounds/s and the time left, on a terminal only.
+    progress: a bar with rounds/s and the time left, on a terminal only. may_diverge: a run in which every message of a round was not finite
+    goes on with the model that it has, and its rows of that round say "participants" 0 and "nonfinite" more: for grids of learning rates.
 
     Ctrl-C ends the block that runs, saves it and raises KeyboardInterrupt; a second one stops at once. Raises FlJaxError where every
-    message of a round was not finite, naming the round and the sites: what was saved before stays.
+    message of a round was not finite, unless that is allowed, naming the round and the sites: what was saved before stays.
     """
     variants = variants or [""] * len(seeds)
     _check(study, arms, seeds, runs, variants)
@@ -67,7 +69,7 @@ def fit(
         return {
             program.name: _fit_arm(
                 study, program, measure, [Label(f"{program.name}{variant}", seed) for variant, seed in zip(variants, seeds, strict=True)],
-                runs, stop, folder, resume, progress)
+                runs, stop, folder, resume, progress, may_diverge)
             for program in programs
         }
 
@@ -91,7 +93,7 @@ def _check(study: Study, arms: Sequence[Arm], seeds: Sequence[int], runs: Runs, 
 
 def _fit_arm(
     study: Study, arm: Program, measure: Measure, labels: Sequence[Label], runs: Runs, stop: threading.Event,
-    folder: RunFolder | None, resume: bool, progress: bool,
+    folder: RunFolder | None, resume: bool, progress: bool, may_diverge: bool,
 ) -> Fit:
     with contextlib.ExitStack() as stack:
         began = time.perf_counter()
@@ -113,7 +115,8 @@ def _fit_arm(
             state, block = arm.blocks[length](runs, study.splits, state)
             measured = measure(study.splits, block.outputs)
             block, measured = jax.device_get((block, measured))
-            _refuse_all_nonfinite(study, arm, labels, done, block)
+            if not may_diverge:
+                _refuse_all_nonfinite(study, arm, labels, done, block)
             new = list(_block_rows(study, arm, labels, done + length, block, measured))
             done += length
             if folder is not None and checkpoints is not None:

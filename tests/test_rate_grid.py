@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import pytest
 
 from experiments import rate_grid
@@ -66,6 +67,12 @@ def test_a_point_that_diverged_in_one_seed_is_not_chosen():
     metrics = rows_of(axes, [[0.9, 0.9], [0.2, 0.2]])
     metrics.loc[(metrics["arm"] == "a, client 1") & (metrics["seed"] == 1) & (metrics["round"] == 1), "value"] = np.nan
     assert np.isnan(rate_grid.validation_scores(axes, metrics, "a", "accuracy")).tolist() == [[False, True], [False, False]]
+    arm, rounds = "a, client 2", [MetricRow("a, client 1", 1, 1, "round", "all", "participants", 0.0)]  # nobody was asked
+    rounds += [MetricRow(arm, 1, r, "round", "all", name, float(value)) for r, came in ((1, 3), (2, 0)) for name, value in (
+        ("participants", came), ("nonfinite", 3 - came))]
+    rounds += [MetricRow("a, client 1", 1, 1, "round", "all", "nonfinite", 0.0)]
+    metrics = pd.concat([rows_of(axes, [[0.9, 0.9], [0.2, 0.2]]), frame(rounds)])
+    assert np.isnan(rate_grid.validation_scores(axes, metrics, "a", "accuracy")).tolist() == [[False, False], [False, True]]
     with pytest.raises(FlJaxError, match="lower the rates"):
         rate_grid.choose(axes, [[np.nan, 0.1], [0.1, np.nan]])
 

@@ -292,6 +292,19 @@ def test_when_no_message_is_finite_it_stops_names_the_round_and_the_sites_and_lo
     assert_ended_like(again, tmp_path, fit(BOTH, tmp_path))
 
 
+def test_a_run_that_may_diverge_goes_on_with_its_model_and_leaves_the_others_alone(again):
+    rows = fit([FEDAVG], rates=(0.1, np.nan, 0.5), may_diverge=True)["FedAvg"].rows
+    for seed, metric in ((10, "accuracy"), (12, "loss"), (12, "accuracy")):
+        for split in ("test", "round"):
+            if (split, metric) != ("round", "accuracy"):
+                found, expected = (select(of, split=split, seed=seed, metric=metric)["value"] for of in (rows, again[1]["FedAvg"].rows))
+                np.testing.assert_array_equal(found, expected)
+    lost, came = (select(rows, split="round", seed=11, metric=metric)["value"].to_numpy() for metric in ("nonfinite", "participants"))
+    assert len(lost) == ROUNDS and (came == 0).all() and lost.max() == len(SITES)
+    kept = select(rows, split="test", seed=11, metric="accuracy", site="large")["value"]
+    assert kept.nunique() == 1 and np.isfinite(kept).all()  # that of the initial model
+
+
 def test_pooled_records_are_not_named_like_the_first_site(again):
     with pytest.raises(FlJaxError, match=r"centralized, seed 12: in round 1 .* \(client 0 of 1\)"):
         fit([CENTRALIZED], rates=(0.1, 0.1, np.nan))
