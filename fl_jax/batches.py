@@ -6,10 +6,13 @@ shuffling for GPUs", has the same idea over powers of two). So a batch is a pure
 whatever the lane, the device, the order of the cohort, or a resume.
 """
 
+import math
+from collections.abc import Callable
 from fractions import Fraction
 from numbers import Real
 from typing import NamedTuple
 
+import dp_accounting
 import jax
 import jax.numpy as jnp
 
@@ -94,7 +97,11 @@ def epochs(num_epochs: float | Array, batch_size: int) -> Batches:
             return jnp.ceil(per_pass * whole - 1e-3).astype(jnp.int32)  # ten times float32's .1 is one, not one and a bit
         return per_pass * whole
 
-    return Batches(batch_size, steps, order, _passes(batch_size))
+    def account(event: dp_accounting.DpEvent, num_records: int) -> dp_accounting.DpEvent:
+        del num_records
+        return _account_passes(event, lambda: math.ceil(whole))
+
+    return Batches(batch_size, steps, order, _passes(batch_size), _fixed(batch_size), account)
 
 
 def updates(num_steps: int | Array, batch_size: int) -> Batches:
@@ -104,7 +111,14 @@ def updates(num_steps: int | Array, batch_size: int) -> Batches:
     Raises FlJaxError unless batch_size and num_steps are 1 or more.
     """
     _check(batch_size, num_steps, "num_steps")
-    return Batches(batch_size, lambda num_records: jnp.full_like(num_records, num_steps), order, _passes(batch_size))
+
+    def account(event: dp_accounting.DpEvent, num_records: int) -> dp_accounting.DpEvent:
+        return _account_passes(event, lambda: -(-int(num_steps) // -(-num_records // batch_size)))
+
+    def steps(num_records: Array) -> Array:
+        return jnp.full_like(num_records, num_steps)
+
+    return Batches(batch_size, steps, order, _passes(batch_size), _fixed(batch_size), account)
 
 
 def _check(batch_size: int, budget: float | Array, name: str) -> None:
@@ -113,6 +127,23 @@ def _check(batch_size: int, budget: float | Array, name: str) -> None:
         raise FlJaxError(f"batch_size is {batch_size}; give 1 or more.")
     if isinstance(budget, Real) and not least <= budget < float("inf"):
         raise FlJaxError(f"{name} is {budget}; give {least} or more.")
+
+
+def _fixed(batch_size: int) -> Callable[[Order], Array]:
+    """The expected number of records of a step: the batch size, which the last batch of a pass falls short of."""
+    return lambda seed: jnp.float32(batch_size)
+
+
+def _account_passes(event: dp_accounting.DpEvent, passes: Callable[[], int]) -> dp_accounting.DpEvent:
+    """A round of so many passes, in each of which a record is in one step: no amplification, under replace-one, since a record that is
+    added or removed moves others to other steps. All of n drawn without replacement is the event that says so."""
+    if event == dp_accounting.NonPrivateDpEvent():
+        return event
+    try:
+        count = passes()
+    except (TypeError, jax.errors.ConcretizationTypeError) as error:
+        raise FlJaxError("The number of passes must be known outside of jit and vmap for what they cost to be accounted: give a number.") from error
+    return dp_accounting.SelfComposedDpEvent(dp_accounting.SampledWithoutReplacementDpEvent(1, 1, event), count)
 
 
 def _passes(batch_size: int):

@@ -1,12 +1,15 @@
 """What a site does in a round: local training, and the one full gradient of FedSGD. Each is written for one site."""
 
+from functools import partial
 from typing import NamedTuple
 
+import dp_accounting
 import jax
 import jax.numpy as jnp
 import optax
 
 from fl_jax import trees
+from fl_jax.errors import FlJaxError
 from fl_jax.types import Array, Batch, Batches, Client, Gradient, IsLocal, Key, Metrics, Model, PyTree, Site, Variables
 
 
@@ -22,12 +25,21 @@ def everything_local(path: tuple[str, ...], module: type) -> bool:
     return True
 
 
+class Kept(NamedTuple):
+    """What a site keeps between rounds. leaves: of its variables, those that stay. gradient: the state of its oracle."""
+
+    leaves: Variables
+    gradient: PyTree
+
+
 class Training(NamedTuple):
-    """What a site carries from step to step. loss: sum over records. records: how many were seen, padding not counted."""
+    """What a site carries from step to step. gradient: the oracle's state. sums: of its metrics over records. records: how many were
+    seen, padding not counted."""
 
     variables: Variables
     optimizer: PyTree
-    loss: Array
+    gradient: PyTree
+    sums: Metrics
     records: Array
 
 
@@ -36,74 +48,90 @@ def local_training(
 ) -> Client:
     """Trains from the broadcast variables with a fresh optimizer and sends (start - end) of what is shared.
 
-    gradient: the oracle (fl_jax.gradients). optimizer: optax; its state lives for one round; a schedule counts the steps of the round.
-    It is given the round's shared parameters as the extra argument `anchor` (None at local leaves). is_local: which leaves stay at the
-    site between rounds, e.g. those of BatchNorm (fl_jax.norms); they train like the others. Metrics: "loss", the mean over the records
-    seen while training, and "records".
+    gradient: the oracle (fl_jax.gradients); its state stays at the site. optimizer: optax; its state lives for one round; a schedule
+    counts the steps of the round. It is given the round's shared parameters as the extra argument `anchor` (None at local leaves).
+    is_local: which leaves stay at the site between rounds, e.g. those of BatchNorm (fl_jax.norms); they train like the others.
+    Metrics: the oracle's, as means over the records seen while training, and "records".
     """
     stays = _stays(model, is_local)
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def init(variables: Variables) -> tuple[Variables, Variables]:
+    def init(variables: Variables) -> tuple[Variables, Kept]:
         kept, shared = trees.split(variables, stays)
-        return shared, kept
+        return shared, Kept(kept, gradient.init(variables.params))
 
-    def begin(key: Key, shared: Variables, kept: Variables, site: Site) -> Training:
+    def begin(key: Key, shared: Variables, kept: Kept, site: Site) -> Training:
         del key, site
-        variables = trees.merge(shared, kept)
-        return Training(variables, optimizer.init(variables.params), jnp.float32(0), jnp.float32(0))
+        variables = trees.merge(shared, kept.leaves)
+        return Training(variables, optimizer.init(variables.params), kept.gradient, _no_metrics(gradient), jnp.float32(0))
 
     def step(key: Key, carry: Training, shared: Variables, batch: Batch) -> Training:
         params, stats = carry.variables
-        gradients, stats, metrics = gradient(key, params, stats, batch)
-        updates, state = optimizer.update(gradients, carry.optimizer, params, anchor=shared.params)
-        records = jnp.sum(batch.mask)
+        gradients, state, stats, metrics = gradient.compute(key, carry.gradient, params, stats, batch)
+        updates, optimizer_state = optimizer.update(gradients, carry.optimizer, params, anchor=shared.params)
+        sums, records = _add_metrics(carry.sums, metrics, batch)
         variables = Variables(optax.apply_updates(params, updates), stats)
-        return Training(variables, state, carry.loss + metrics["loss"] * records, carry.records + records)
+        return Training(variables, optimizer_state, state, sums, carry.records + records)
 
-    def end(carry: Training, shared: Variables, kept: Variables) -> tuple[Variables, Variables, Metrics]:
+    def end(carry: Training, shared: Variables, kept: Kept) -> tuple[Variables, Kept, Metrics]:
         del kept
-        kept, trained = trees.split(carry.variables, stays)
-        return optax.tree.sub(shared, trained), kept, _training_metrics(carry.loss, carry.records)
+        leaves, trained = trees.split(carry.variables, stays)
+        return optax.tree.sub(shared, trained), Kept(leaves, carry.gradient), _training_metrics(carry.sums, carry.records)
 
-    return Client(init, begin, step, end, trees.merge, batches)
+    def model_of_site(shared: Variables, kept: Kept) -> Variables:
+        return trees.merge(shared, kept.leaves)
+
+    return Client(init, begin, step, end, model_of_site, batches, partial(batches.account, gradient.event))
 
 
 class Accumulation(NamedTuple):
-    """The sum over records of gradients and losses, and how many records; the statistics of the last batch."""
+    """The sum over records of gradients and metrics, and how many records; the statistics of the last batch."""
 
     gradient: PyTree
     stats: PyTree
-    loss: Array
+    sums: Metrics
     records: Array
 
 
 def full_gradient(gradient: Gradient, batches: Batches) -> Client:
     """Sends the gradient of the site's mean loss at the broadcast parameters, summed up over its batches (FedSGD).
 
-    The batch size bounds memory and, but for BatchNorm, does not change the message. Metrics as in `local_training`.
+    gradient: an oracle without state. The batch size bounds memory and, but for BatchNorm, does not change the message. Metrics as in
+    `local_training`. Raises FlJaxError for a private oracle: its noise would be added once a batch, and its denominator lost.
     """
+    if gradient.event != dp_accounting.NonPrivateDpEvent():
+        raise FlJaxError("FedSGD's sum over batches is not a private mechanism: give the private gradient to fedavg, with one step a round.")
 
     def begin(key: Key, shared: Variables, kept: PyTree, site: Site) -> Accumulation:
         del key, kept, site
-        return Accumulation(optax.tree.zeros_like(shared.params), shared.stats, jnp.float32(0), jnp.float32(0))
+        return Accumulation(optax.tree.zeros_like(shared.params), shared.stats, _no_metrics(gradient), jnp.float32(0))
 
     def step(key: Key, carry: Accumulation, shared: Variables, batch: Batch) -> Accumulation:
-        gradients, stats, metrics = gradient(key, shared.params, carry.stats, batch)
-        records = jnp.sum(batch.mask)
+        gradients, _, stats, metrics = gradient.compute(key, gradient.init(shared.params), shared.params, carry.stats, batch)
+        sums, records = _add_metrics(carry.sums, metrics, batch)
         total = jax.tree.map(lambda sum, leaf: sum + leaf * records, carry.gradient, gradients)
-        return Accumulation(total, stats, carry.loss + metrics["loss"] * records, carry.records + records)
+        return Accumulation(total, stats, sums, carry.records + records)
 
     def end(carry: Accumulation, shared: Variables, kept: PyTree) -> tuple[Variables, PyTree, Metrics]:
         mean = jax.tree.map(lambda leaf: leaf / jnp.maximum(carry.records, 1), carry.gradient)
         message = Variables(mean, optax.tree.sub(shared.stats, carry.stats))
-        return message, kept, _training_metrics(carry.loss, carry.records)
+        return message, kept, _training_metrics(carry.sums, carry.records)
 
     return Client(lambda variables: (variables, ()), begin, step, end, lambda shared, kept: shared, batches)
 
 
-def _training_metrics(loss: Array, records: Array) -> Metrics:
-    return {"loss": loss / jnp.maximum(records, 1), "records": records}
+def _no_metrics(gradient: Gradient) -> Metrics:
+    return {name: jnp.float32(0) for name in gradient.metrics}
+
+
+def _add_metrics(sums: Metrics, metrics: Metrics, batch: Batch) -> tuple[Metrics, Array]:
+    """The sums over records with those of one more batch, and how many records it has."""
+    records = jnp.sum(batch.mask)
+    return {name: sums[name] + metrics[name] * records for name in sums}, records
+
+
+def _training_metrics(sums: Metrics, records: Array) -> Metrics:
+    return {name: value / jnp.maximum(records, 1) for name, value in sums.items()} | {"records": records}
 
 
 def _stays(model: Model, is_local: IsLocal):

@@ -204,11 +204,12 @@ def _work(
             t = group.t + i
             index, mask = jax.vmap(client.batches.draw)(group.order, t)
             rows = take(group.offset[:, None], index)
-            return jax.vmap(step)(group.key, t, carry, Batch(*rows, mask))
+            expected = jax.vmap(client.batches.expected)(group.order)
+            return jax.vmap(step)(group.key, t, carry, Batch(*rows, mask, expected))
 
         def alone(i: Array, carry: PyTree) -> PyTree:
             index, mask = client.batches.draw(lane.order, lane.t + i)
-            return step(lane.key, lane.t + i, carry, Batch(*take(lane.offset, index), mask))
+            return step(lane.key, lane.t + i, carry, Batch(*take(lane.offset, index), mask, client.batches.expected(lane.order)))
 
         if lanes > 1:
             carry = jax.lax.fori_loop(0, count, together, group.carry)

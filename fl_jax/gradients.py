@@ -1,4 +1,4 @@
-"""Gradient oracles: what a client calls for the gradient of a mini-batch. A private oracle is one more function of this type."""
+"""Gradient oracles: what a client calls for the gradient of a mini-batch."""
 
 import jax
 
@@ -6,17 +6,16 @@ from fl_jax.types import Batch, Gradient, Key, Metrics, Model, PyTree
 
 
 def plain(model: Model) -> Gradient:
-    """The gradient of the mean loss over the unmasked rows of a batch.
+    """The gradient of the mean loss over the unmasked rows of a batch; metric: "loss".
 
-    Returns an oracle (key, params, stats, batch) -> (gradient like params, new stats, {"loss": scalar}). A batch without unmasked rows
-    gives a zero gradient and leaves the statistics as they are.
+    A batch without unmasked rows gives a zero gradient and leaves the statistics as they are.
     """
 
-    def gradient(key: Key, params: PyTree, stats: PyTree, batch: Batch) -> tuple[PyTree, PyTree, Metrics]:
+    def compute(key: Key, state: PyTree, params: PyTree, stats: PyTree, batch: Batch) -> tuple[PyTree, PyTree, PyTree, Metrics]:
         def loss(params: PyTree) -> tuple[jax.Array, PyTree]:
             return model.loss(key, params, stats, batch)
 
         (value, stats_after), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        return gradients, stats_after, {"loss": value}
+        return gradients, state, stats_after, {"loss": value}
 
-    return gradient
+    return Gradient(lambda params: (), compute)

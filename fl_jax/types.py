@@ -28,11 +28,16 @@ class Variables(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A mini-batch of static size B: x [B, ...], y [B, ...] (either may be a pytree), mask float32[B], 0 where a row is padding."""
+    """A mini-batch of static size B: x [B, ...], y [B, ...] (either may be a pytree), mask float32[B], 0 where a row is padding.
+
+    expected: float32 scalar, how many rows hold a record in expectation: what a private mean divides by, whatever was drawn. None
+    where nobody said.
+    """
 
     x: PyTree
     y: PyTree
     mask: Array
+    expected: Array | None = None
 
 
 class Survival(NamedTuple):
@@ -106,8 +111,19 @@ class Model(NamedTuple):
 IsLocal = Callable[[tuple[str, ...], type], bool]
 """(key path of a leaf as strings, starting with "params" or "stats"; class of the module that owns it) -> stays at the site?"""
 
-Gradient = Callable[[Key, PyTree, PyTree, Batch], tuple[PyTree, PyTree, Metrics]]
-"""A gradient oracle: (key, params, stats, batch) -> (gradient like params, stats, metrics: scalars, a mean over the batch)."""
+class Gradient(NamedTuple):
+    """A gradient oracle, and what a step of it costs.
+
+    init:    (params) -> state, what a site keeps of it from step to step and between rounds, e.g. a clip that adapts; () if nothing
+    compute: (key, state, params, stats, batch) -> (gradient like params, state, stats, metrics: scalars, a mean over the batch)
+    metrics: the names of these metrics; "loss" is one
+    event:   the record-level DpEvent of one step for a record in the batch, before records are sampled; noise in clips
+    """
+
+    init: Callable[[PyTree], PyTree]
+    compute: Callable[[Key, PyTree, PyTree, PyTree, Batch], tuple[PyTree, PyTree, PyTree, Metrics]]
+    metrics: tuple[str, ...] = ("loss",)
+    event: dp_accounting.DpEvent = dp_accounting.NonPrivateDpEvent()
 
 
 def no_amplification(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
@@ -115,21 +131,30 @@ def no_amplification(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
     return event
 
 
+def unaccounted(event: dp_accounting.DpEvent, num_records: int) -> dp_accounting.DpEvent:
+    """The round of batches of which nothing is known: not private, whatever a step costs."""
+    del event, num_records
+    return dp_accounting.NonPrivateDpEvent()
+
+
 class Batches(NamedTuple):
     """Which records are in which step.
 
-    size:    B, static
-    steps:   (num_records int32) -> int32, the steps a site makes in one round
-    order:   (key, num_records) -> what a site prepares once a round, e.g. the seed of its order
-    draw:    (order, t) -> (index int32[B] in [0, num_records), mask float32[B]); pure, so the same on any lane
-    amplify: DpEvent of one step -> DpEvent of one sampled step
+    size:     B, static
+    steps:    (num_records int32) -> int32, the steps a site makes in one round
+    order:    (key, num_records) -> what a site prepares once a round, e.g. the seed of its order
+    draw:     (order, t) -> (index int32[B] in [0, num_records), mask float32[B]); pure, so the same on any lane
+    expected: (order) -> float32, how many records a step has in expectation
+    account:  (DpEvent of one step, num_records) -> DpEvent of a round at a site of so many records, with the amplification that the
+              sampling of records earns and under the relation that it needs
     """
 
     size: int
     steps: Callable[[Array], Array]
     order: Callable[[Key, Array], PyTree]
     draw: Callable[[PyTree, Array], tuple[Array, Array]]
-    amplify: Callable[[dp_accounting.DpEvent], dp_accounting.DpEvent] = no_amplification
+    expected: Callable[[PyTree], Array]
+    account: Callable[[dp_accounting.DpEvent, int], dp_accounting.DpEvent] = unaccounted
 
 
 def not_private(num_records: int) -> dp_accounting.DpEvent:

@@ -11,7 +11,7 @@ import pytest
 from conftest import SIZES
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fl_jax import aggregators, algorithms, batches, clients, core, sampling
+from fl_jax import aggregators, algorithms, batches, clients, core, gradients, sampling
 from fl_jax.core import Engine
 from fl_jax.types import Cohort, FederatedAlgorithm, Model, State
 
@@ -102,7 +102,8 @@ def test_results_do_not_depend_on_lanes_or_devices(built, sites, name):
         engines += [(3, 1), (6, 1), (1, 8)]
     for lanes, devices in engines:
         _, state, many = built(name, lanes, devices)
-        close(two_rounds(many, state, cohort_of(IDS), sites), expected)
+        # float32 rounds differently in every program, and BatchNorm over a few records enlarges it
+        close(two_rounds(many, state, cohort_of(IDS), sites), expected, 1e-4)
         assert many._cache_size() == 1
 
 
@@ -257,11 +258,11 @@ def test_adaptive_servers_follow_algorithm_2_and_average_statistics(built, sites
 def test_fedbn_shares_everything_but_the_norm_layer(built, sites):
     _, state, round = built("fedbn")
     shared = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.shared)}
-    kept = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.clients)}
+    kept = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.clients.leaves)}
     assert shared == {f".params['Dense_{i}']['{leaf}']" for i in (0, 1) for leaf in ("kernel", "bias")}
     assert kept == {".params['BatchNorm_0']['scale']", ".params['BatchNorm_0']['bias']", ".stats['BatchNorm_0']['mean']", ".stats['BatchNorm_0']['var']"}
     after, _ = round(KEY, state, cohort_of(IDS), sites)
-    mean = np.asarray(after.clients.stats["BatchNorm_0"]["mean"])
+    mean = np.asarray(after.clients.leaves.stats["BatchNorm_0"]["mean"])
     assert (mean[[1, 3]] == 0).all() and len(np.unique(mean[IDS], axis=0)) == len(IDS)  # who stayed away keeps what it had
 
 
@@ -310,7 +311,7 @@ def test_a_private_mean_refuses_statistics(normed_model):
 
 
 def test_a_message_of_another_structure_is_refused(plain_model, sites):
-    client = clients.local_training(plain_model, lambda *a: None, SGD, BATCHES)
+    client = clients.local_training(plain_model, gradients.plain(plain_model), SGD, BATCHES)
     broken = client._replace(begin=lambda *a: jnp.float32(0), end=lambda carry, shared, kept: (shared.params, kept, {}))
     algorithm = core.federate(broken, aggregators.mean(), optax.sgd(1.0))
     with pytest.raises(TypeError, match="structure of what is shared"):

@@ -2,13 +2,14 @@
 
 from itertools import permutations
 
+import dp_accounting
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
-from fl_jax import batches
+from fl_jax import batches, privacy
 from fl_jax.errors import FlJaxError
 
 KEY = jax.random.key(0)
@@ -158,3 +159,25 @@ def test_updates_are_the_same_for_every_site_and_go_through_its_records_in_passe
 def test_budgets_without_a_step_are_refused(wrong):
     with pytest.raises(FlJaxError, match="give|must"):
         wrong()
+
+
+def test_a_pass_costs_each_record_one_step_without_amplification_when_it_is_replaced():
+    event = dp_accounting.GaussianDpEvent(1.5)
+    once = dp_accounting.SampledWithoutReplacementDpEvent(1, 1, event)
+    assert batches.epochs(3, 4).account(event, 10) == dp_accounting.SelfComposedDpEvent(once, 3)
+    assert batches.epochs(0.5, 4).account(event, 10).count == 1
+    for count in (1, 3, 4, 7):  # passes of 3 steps over 10 records
+        round = batches.updates(count, 4).account(event, 10)
+        order = batches.order(KEY, jnp.int32(10))
+        index, mask = jax.vmap(batches.updates(count, 4).draw, (None, 0))(order, jnp.arange(count))
+        seen = np.bincount(np.asarray(index)[np.asarray(mask) > 0], minlength=10)
+        assert round.count == max(seen)
+    assert privacy.natural_relation(round) is privacy.NeighboringRelation.REPLACE_ONE
+    assert batches.epochs(3, 4).account(dp_accounting.NonPrivateDpEvent(), 10) == dp_accounting.NonPrivateDpEvent()
+    with pytest.raises(FlJaxError, match="number of passes must be known"):
+        jax.vmap(lambda e: jnp.float32(batches.epochs(e, 4).account(event, 10).count))(jnp.array([1, 2]))
+
+
+def test_a_private_mean_divides_by_the_size_of_a_batch():
+    order = batches.order(KEY, jnp.int32(10))
+    assert float(batches.epochs(1, 4).expected(order)) == float(batches.updates(1, 4).expected(order)) == 4

@@ -21,7 +21,7 @@ def divided(model, policy) -> tuple[set[str], set[str]]:
     """Paths of the leaves that are shared, and of those that stay at a site."""
     client = clients.local_training(model, gradients.plain(model), optax.sgd(0.1), batches.epochs(1, 4), is_local=policy.is_local)
     shared, kept = jax.eval_shape(client.init, jax.eval_shape(model.init, KEY))
-    return paths(shared), paths(kept)
+    return paths(shared), paths(kept.leaves)
 
 
 def paths(tree) -> set[str]:
@@ -125,11 +125,11 @@ def test_a_round_with_padding_equals_steps_on_the_records_alone(normed_model, si
     kept = {policy: jax.tree.map(lambda leaf: leaf[IDS], state.clients) for policy, state in after.items()}
     close(after[norms.AVERAGED].shared, mean)
     close(after[norms.LOCAL_STATISTICS].shared.params, mean.params)
-    close(kept[norms.LOCAL_STATISTICS].stats, trained.stats)
+    close(kept[norms.LOCAL_STATISTICS].leaves.stats, trained.stats)
     for layer in ("Dense_0", "Dense_1"):
         close(after[norms.LOCAL].shared.params[layer], mean.params[layer])
-    close(kept[norms.LOCAL].stats, trained.stats)
-    close(kept[norms.LOCAL].params["BatchNorm_0"], trained.params["BatchNorm_0"])
+    close(kept[norms.LOCAL].leaves.stats, trained.stats)
+    close(kept[norms.LOCAL].leaves.params["BatchNorm_0"], trained.params["BatchNorm_0"])
 
 
 def test_policies_have_names_of_their_own():
