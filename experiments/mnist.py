@@ -1,6 +1,6 @@
 """MNIST and Fashion-MNIST dealt to clients by a partition: to choose by validation images, and to measure by the official test set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import flax.linen as nn
@@ -10,7 +10,7 @@ import numpy as np
 
 from fl_jax import models
 from fl_jax.data import FederatedDataset, Source, fashion_mnist, from_sources, mnist, no_records
-from fl_jax.types import Array, Model
+from fl_jax.types import Array, Model, Sites, Splits
 
 Partition = Callable[[np.random.Generator, np.ndarray], np.ndarray]
 """(rng, labels int[R]) -> the client of each training image, e.g. lambda rng, y: data.shards(rng, y, 100)."""
@@ -42,6 +42,24 @@ def _dealt(images: Load, partition: Partition, seed: int, validation: float) -> 
     train, test = images("train"), images("test")
     rng = np.random.default_rng(seed)
     return from_sources(train, partition(rng, train.y), test=test, validation=validation, seed=rng)
+
+
+def stacked(datasets: Sequence[FederatedDataset]) -> Splits:
+    """As data.stack, for draws of the partition alone: what `to_measure` or what `to_choose` gives, of several seeds.
+
+    The records of all draws lie in one table, of which each row of the study has its part, so that no program copies a draw's images
+    out of a stack of them. Test images are those of the first draw for all: the official set is the same, whoever it is dealt to.
+    """
+    splits = [dataset.device() for dataset in datasets]
+
+    def side_by_side(draws: Sequence[Sites]) -> Sites:
+        x, y = (jnp.concatenate([getattr(sites, name) for sites in draws])[None] for name in ("x", "y"))
+        first = np.cumsum([0, *(len(sites.y) for sites in draws[:-1])])
+        offset = jnp.stack([sites.offset + start for sites, start in zip(draws, first, strict=True)])
+        return Sites(x, y, offset.astype(jnp.int32), jnp.stack([sites.size for sites in draws]))
+
+    test, unseen = (jax.tree.map(lambda leaf: leaf[None], sites) for sites in (splits[0].test, splits[0].unseen))
+    return Splits(side_by_side([s.train for s in splits]), side_by_side([s.validation for s in splits]), test, unseen)
 
 
 def unit_pixels(x: Array) -> Array:
