@@ -1,0 +1,217 @@
+"""The study of server optimizers: what is chosen by what, which arms run with which rates, and that its claims are its rows' numbers."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import mnist, rate_grid, server_optimizers
+from experiments.server_optimizers import METHODS, Config, by_class, measure
+from experiments.server_optimizers_report import CLIENT, FEDAVG, IID, PLAIN, SERVER, Measured, claims, skewed
+from fl_jax import models
+from fl_jax.data import Records, Source, class_counts
+from fl_jax.errors import FlJaxError
+from fl_jax.results import load_run, read_claims
+
+CLASSES = 3
+SMALL = Config(
+    clients=12, cohort=4, batch_size=5, hidden=16, rounds=5, evaluate_every=1, last=0.4, seeds=2, tuning_seeds=2, validation=0.25,
+    client_rates=(0.01, 0.05), fedavg_rates=(0.5, 1.0), fedadam_rates=(0.01, 0.03), target=0.5, methods=(FEDAVG, "FedAdam"))
+DIRICHLET = skewed(SMALL)
+
+
+def images(split, poison=False):
+    """Each class has a bright third, 240 images for training and 90 for testing; or test images of which most are of the last class."""
+    rng = np.random.default_rng({"train": 0, "test": 1}[split])
+    y = rng.permutation(np.arange({"train": 240, "test": 90}[split]) % CLASSES).astype(np.int32)
+    if poison and split == "test":
+        y = np.repeat(np.arange(CLASSES, dtype=np.int32), (10, 20, 60))
+    bright = np.arange(28) * CLASSES // 28 == y[:, None]
+    x = rng.integers(0, 40, (len(y), 28, 28, 1)) + 60 * bright[:, :, None, None]
+    return Source("thirds", x.astype(np.uint8), y, tuple("abc"), (), ())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def squares():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(mnist.IMAGES, "fashion_mnist", images)
+        yield
+
+
+def finish(folder, **changes):
+    """The study on the small images: its configuration and what it left behind."""
+    config = dataclasses.replace(SMALL, out=folder, **changes)
+    server_optimizers.run(config)
+    return config, load_run(config.out)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return finish(tmp_path_factory.mktemp("study") / "run")
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """FedAvg with server rate 1, and plain averaging."""
+    config = dataclasses.replace(SMALL, methods=(FEDAVG,))
+    model = mnist.classifier(models.TwoNN(hidden=SMALL.hidden))
+    chosen = {arm: {name: {CLIENT: 0.05, SERVER: 1.0} for name in (DIRICHLET, IID)} for arm in (FEDAVG, PLAIN)}
+    draws, metrics = measure(config, model, chosen)
+    return draws, Measured(config, {DIRICHLET: {}, IID: {}}, chosen, draws, metrics)
+
+
+def accuracy(run, arm, seed, rounds, split="test", site="all"):
+    rows = run.metrics[(run.metrics["arm"] == arm) & (run.metrics["seed"] == seed) & (run.metrics["split"] == split)]
+    rows = rows[(rows["site"] == site) & (rows["metric"] == "accuracy") & rows["round"].isin(rounds)]
+    assert len(rows) == len(rounds)
+    return rows["value"].mean()
+
+
+def test_the_claims_are_the_numbers_of_the_rows(finished):
+    config, run = finished
+    verdicts = {verdict.claim.claim: verdict for verdict in read_claims(run.path / "claims.json")}
+    assert [*verdicts] == [claim.claim for claim in claims(config)] and len(verdicts) == 4
+
+    def measured(arm, other, partition):
+        return np.array([accuracy(run, f"{arm}, {partition}", seed, (4, 5)) - accuracy(run, f"{other}, {partition}", seed, (4, 5))
+                         for seed in range(2)])
+
+    expected = {f"FedAdam minus FedAvg, {where}": measured("FedAdam", FEDAVG, where) for where in (DIRICHLET, IID)}
+    expected[f"FedAvg minus plain averaging, {DIRICHLET}"] = measured(FEDAVG, PLAIN, DIRICHLET)
+    expected[f"FedAdam's gain over FedAvg, {DIRICHLET} minus IID"] = (
+        measured("FedAdam", FEDAVG, DIRICHLET) - measured("FedAdam", FEDAVG, IID))
+    assert {*expected} == {*verdicts}
+    for text, values in expected.items():
+        verdict = verdicts[text]
+        assert verdict.measured == pytest.approx(values.mean(), abs=1e-9) and verdict.seeds == 2
+        assert verdict.holds == verdict.claim.admits(values.mean())
+
+
+def test_the_chosen_rates_are_the_best_on_validation_images_and_are_what_is_run(finished):
+    _, run = finished
+    for partition in (DIRICHLET, IID):
+        arms = run.summary["partitions"][partition]
+        for method in SMALL.methods:
+            found = []
+            for point in rate_grid.points(SMALL.axes(method)):
+                name = f"grid of {method}, {partition}{rate_grid.suffix(point)}"
+                found.append((np.mean([accuracy(run, name, seed, (4, 5), "validation") for seed in (1000, 1001)]), point))
+            best = max(found, key=lambda pair: pair[0])
+            assert arms[method]["rates"] == best[1] and arms[method]["validation"] == pytest.approx(best[0])
+            assert len(arms[method]["grid"]) == 4
+        plain = [(entry["validation"], entry[CLIENT]) for entry in arms[FEDAVG]["grid"] if entry[SERVER] == 1.0]
+        assert arms[PLAIN]["rates"] == {CLIENT: max(plain, key=lambda pair: np.mean(pair[0]))[1], SERVER: 1.0}
+
+
+def test_tuning_measures_no_test_image_and_the_results_no_validation_image(finished):
+    _, run = finished
+    rows = run.metrics[run.metrics["metric"] == "accuracy"]
+    of_grid = rows["arm"].str.startswith("grid of ")
+    assert rows[of_grid & (rows["split"] == "test")]["value"].isna().all() and of_grid.any()
+    assert rows[~of_grid & (rows["split"] == "validation")]["value"].isna().all()
+    assert {*rows[of_grid]["seed"]} == {1000, 1001} and {*rows[~of_grid]["seed"]} == {0, 1}
+    assert not rows.duplicated(["arm", "seed", "round", "split", "site"]).any()
+
+
+def test_other_test_images_change_no_choice_and_a_finished_study_is_resumed_as_it_is(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(mnist.IMAGES, "fashion_mnist", lambda split: images(split, poison=True))
+    config, run = finish(tmp_path / "run", methods=(FEDAVG,))
+    for partition in (DIRICHLET, IID):
+        clean, poisoned = (of.summary["partitions"][partition] for of in (finished[1], run))
+        assert clean[FEDAVG]["grid"] == poisoned[FEDAVG]["grid"]
+        for arm in (FEDAVG, PLAIN):
+            assert clean[arm]["rates"] == poisoned[arm]["rates"]
+            assert clean[arm]["test"]["mean"] != poisoned[arm]["test"]["mean"]
+    rows = (config.out / "metrics.csv").read_bytes()
+    server_optimizers.run(dataclasses.replace(config, resume=True))
+    assert (config.out / "metrics.csv").read_bytes() == rows
+
+
+def test_fedavg_with_server_rate_1_is_plain_averaging(plain):
+    _, measured = plain
+    for partition in (DIRICHLET, IID):
+        np.testing.assert_array_equal(measured.difference(partition, FEDAVG, PLAIN), 0)
+        assert measured.gain(partition, FEDAVG, PLAIN).mean == 0
+    assert not np.array_equal(measured.values(DIRICHLET, FEDAVG), measured.values(IID, FEDAVG))
+
+
+def test_the_worst_client_is_the_one_whose_mix_of_classes_fares_worst(plain):
+    draws, measured = plain
+    for partition in (DIRICHLET, IID):
+        of_classes = np.stack([measured.values(partition, FEDAVG, name) for name in "abc"], axis=1)
+        np.testing.assert_allclose(of_classes.mean(1), measured.values(partition, FEDAVG), atol=1e-6)  # 30 test images of each
+        for draw in draws:
+            if draw.partition == partition:
+                counts = class_counts(draw.dataset.train, CLASSES)
+                least = min(np.average(of_classes[draw.seed], weights=row) for row in counts)
+                assert measured.worst_client(partition, FEDAVG)[draw.seed] == pytest.approx(least)
+    assert (measured.worst_client(DIRICHLET, FEDAVG) <= measured.values(DIRICHLET, FEDAVG) + 1e-9).all()
+
+
+def test_rounds_are_counted_to_the_target(finished):
+    config, run = finished
+    for partition in (DIRICHLET, IID):
+        for arm, found in run.summary["partitions"][partition].items():
+            for seed, reached in enumerate(found["rounds_to_target"]):
+                values = [accuracy(run, f"{arm}, {partition}", seed, (r,)) for r in range(1, 6)]
+                first = next((r for r, value in enumerate(values, start=1) if value >= config.target), None)
+                if first is None:
+                    assert reached is None or np.isnan(reached)
+                else:
+                    assert max(first - 1, 1) <= reached <= first  # interpolated between the two measurements
+
+
+def test_the_records_of_each_class_are_one_site():
+    rng = np.random.default_rng(0)
+    tables = [Records(np.arange(n, dtype=np.float32)[:, None], rng.integers(0, 3, n), np.array([0, n])) for n in (7, 4, 0)]
+    sites = by_class(tables, 4)
+    assert sites.x.shape == (3, 7, 1) and sites.size.dtype == jnp.int32
+    for i, table in enumerate(tables):
+        found = {}
+        for label in range(4):
+            offset, size = int(sites.offset[i, label]), int(sites.size[i, label])
+            assert (sites.y[i, offset : offset + size] == label).all()
+            found[label] = sorted(sites.x[i, offset : offset + size, 0].tolist())
+        assert found == {label: table.x[table.y == label, 0].tolist() for label in range(4)}
+
+
+def test_what_is_left_behind_is_complete(finished):
+    _, run = finished
+    assert {path.stem for path in (run.path / "figures").glob("*.png")} == {
+        f"{kind}_{where}" for kind in ("accuracy", "grid") for where in ("dir_0_1", "iid")}
+    assert len(run.summary["reading"]) == 8 and not any("nan" in sentence for sentence in run.summary["reading"])
+    checkpoints = {path.name for path in (run.path / "checkpoints").iterdir()}
+    assert checkpoints == {*(f"grid_of_{method}" for method in SMALL.methods), *SMALL.methods, "FedAvg__server_rate_1"}
+
+
+def test_grids_that_are_not_matched_are_one_sentence():
+    with pytest.raises(FlJaxError, match="grid of the same size"):
+        dataclasses.replace(SMALL, fedadam_rates=(0.1,))
+    with pytest.raises(FlJaxError, match="must have 1, which is plain averaging"):
+        dataclasses.replace(SMALL, fedavg_rates=(0.5, 2.0))
+    with pytest.raises(FlJaxError, match="methods must be some of FedAvg, "):
+        dataclasses.replace(SMALL, methods=("FedAdam",))
+    with pytest.raises(FlJaxError, match="last must be between 0 and 1, and is 1"):
+        dataclasses.replace(SMALL, last=1.0)
+
+
+def test_every_method_has_a_claim_and_those_of_the_quick_form_are_marked():
+    quick, full = claims(dataclasses.replace(Config.quick_defaults(), quick=True)), claims(Config())
+    assert [claim.claim for claim in quick] == [claim.claim for claim in full[:4]]
+    assert {claim.claim.split()[0] for claim in quick} == {*METHODS} - {FEDAVG}
+    assert all(claim.quick for claim in quick) and not any(claim.quick for claim in full) and len(full) == 8
+
+
+@pytest.mark.slow
+def test_the_quick_form_holds(published_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(published_data("fashion_mnist")))
+    monkeypatch.setitem(mnist.IMAGES, "fashion_mnist", mnist.fashion_mnist)
+    config = dataclasses.replace(Config.quick_defaults(), quick=True, out=tmp_path / "run")
+    server_optimizers.run(config)
+    verdicts = read_claims(config.out / "claims.json")
+    assert [verdict.holds for verdict in verdicts] == [True] * 4 and all(verdict.claim.quick for verdict in verdicts)
+    summary = json.loads((config.out / "summary.json").read_text())
+    assert jax.tree.leaves(summary["partitions"][DIRICHLET]["FedAdam"]["rates"])
