@@ -25,8 +25,8 @@ Axes = Mapping[str, Sequence[float]]
 
 
 class Choice(NamedTuple):
-    """The best point of a grid. score: its mean over seeds. edges: the hyper-parameters that are the least or the largest of their
-    several values: a better point may lie beyond."""
+    """The best point of a grid. score: its mean over seeds. edges: the hyper-parameters that are the least or the largest of
+    their several values: a better point may lie beyond."""
 
     point: dict[str, float]
     score: float
@@ -71,7 +71,8 @@ def validation_scores(
     """The mean of a metric on validation records over the rounds that follow round `after`: float64[G, S], seeds ascending.
 
     metrics: rows of runs that are called by `labels`; other arms and splits are not looked at. NaN for a run that has diverged:
-    one of the rounds has no value, or no message of some round was finite (training.fit with may_diverge). Raises FlJaxError where a point has no such rows, or other seeds than the first.
+    one of the rounds has no value, or no message of some round was finite (training.fit with may_diverge). Raises FlJaxError
+    where a point has no such rows, or other seeds than the first.
     """
     names = [f"{arm}{suffix(point)}" for point in points(axes)]
     kept = select(metrics, metric, "validation", site, names)
@@ -80,14 +81,16 @@ def validation_scores(
     table = means.unstack()
     counts = kept.groupby(["arm", "seed"]).size()
     if set(table.index) != set(names) or len(counts) != table.size or counts.nunique() != 1:
-        raise FlJaxError(f"The grid of {arm} is not complete: measure all of its points in the same seeds and rounds after round {after}.")
+        raise FlJaxError(
+            f"The grid of {arm} is not complete: measure all of its points in the same seeds and rounds after round {after}.")
     return np.where(_diverged(metrics, table.loc[names]), np.nan, table.loc[names])
 
 
 def _diverged(metrics: pd.DataFrame, runs: pd.DataFrame) -> npt.NDArray[np.bool_]:
     """bool like `runs`, which has an arm a row and a seed a column: whether every message of some round was not finite."""
     rounds = metrics[(metrics["split"] == "round") & metrics["metric"].isin(("participants", "nonfinite"))]
-    wide = rounds.pivot(index=["arm", "seed", "round"], columns="metric", values="value").reindex(columns=["participants", "nonfinite"])
+    wide = rounds.pivot(index=["arm", "seed", "round"], columns="metric", values="value")
+    wide = wide.reindex(columns=["participants", "nonfinite"])
     dead = {label[:2] for label in wide.index[(wide["participants"] == 0) & (wide["nonfinite"] > 0)]}
     return np.array([[(arm, seed) in dead for seed in runs.columns] for arm in runs.index])
 
@@ -95,8 +98,8 @@ def _diverged(metrics: pd.DataFrame, runs: pd.DataFrame) -> npt.NDArray[np.bool_
 def choose(axes: Axes, scores: npt.ArrayLike) -> Choice:
     """The point whose mean score over seeds is the largest; of equal ones the first.
 
-    scores: float[G, S] in the order of `points`, larger is better. A point that lacks a score (NaN) in some seed is not chosen; raises
-    FlJaxError where all do.
+    scores: float[G, S] in the order of `points`, larger is better. A point that lacks a score (NaN) in some seed is not chosen;
+    raises FlJaxError where all do.
     """
     every, means = points(axes), np.asarray(scores, np.float64).mean(axis=1)
     if len(means) != len(every):

@@ -1,17 +1,17 @@
 """Where adaptive server optimizers beat FedAvg, and where they do not: Fashion-MNIST, with label skew and without.
 
-Reddi et al. 2021, "Adaptive federated optimization" (arXiv 2003.00295): FedAvg with an SGD server (both learning rates tuned), FedAvgM,
-FedAdagrad, FedAdam and FedYogi, with the paper's momentum .9, beta2 .99 and tau .001, in the shape of its CIFAR-10 federation: 500
-clients of Dir(.1) over labels (Hsu et al. 2019, arXiv 1909.06335), 10 of them a round, one epoch in batches of 20. Beside it the same
-clients without skew, and plain averaging (server rate 1).
+Reddi et al. 2021, "Adaptive federated optimization" (arXiv 2003.00295): FedAvg with an SGD server (both learning rates tuned),
+FedAvgM, FedAdagrad, FedAdam and FedYogi, with the paper's momentum .9, beta2 .99 and tau .001, in the shape of its CIFAR-10
+federation: 500 clients of Dir(.1) over labels (Hsu et al. 2019, arXiv 1909.06335), 10 of them a round, one epoch in batches of
+20. Beside it the same clients without skew, and plain averaging (server rate 1).
 
     python -m experiments.server_optimizers            # Dir(.1) and IID
     python -m experiments.server_optimizers --quick    # Dir(.1), a small grid, fewer rounds and units
 
-Every method tries equally many pairs of client and server rate, on federations of their own that hold back a tenth of each client's
-images; a pair is chosen by the accuracy on these, of the last fifth of the rounds, and the test images are not even loaded. What is
-reported is the accuracy on the official test set in the last fifth of the rounds, of fresh seeds, each with its own partition, initial
-weights and cohorts, which the methods share. All points of a grid are rows of one program a method.
+Every method tries equally many pairs of client and server rate, on federations of their own that hold back a tenth of each
+client's images; a pair is chosen by the accuracy on these in the last fifth of the rounds, and those federations have no test
+images. What is reported is the accuracy on the official test set in the last fifth of the rounds, of fresh seeds, each with its own
+partition, initial weights and cohorts, which the methods share. All points of a grid are rows of one program a method.
 Data: `python -m fl_jax.data prepare fashion_mnist`.
 """
 
@@ -109,10 +109,12 @@ class Config(cli.Common):
             if not 0 < getattr(self, name) < 1:
                 raise FlJaxError(f"{name} must be between 0 and 1, and is {getattr(self, name)}.")
         if FEDAVG not in self.methods or len({*self.methods}) < len(self.methods) or not {*self.methods} <= {*METHODS}:
-            raise FlJaxError(f"methods must be some of {', '.join(METHODS)}, FedAvg among them, each once, and are {self.methods}.")
+            known = ", ".join(METHODS)
+            raise FlJaxError(f"methods must be some of {known}, FedAvg among them, each once, and are {self.methods}.")
         sizes = {method: len(rate_grid.points(self.axes(method))) for method in self.methods}
         if len({*sizes.values()}) > 1:
-            raise FlJaxError(f"Every method must have a grid of the same size, but these have {sizes}: give equally many server rates.")
+            raise FlJaxError(
+                f"Every method must have a grid of the same size, but these have {sizes}: give equally many server rates.")
         if 1.0 not in self.fedavg_rates:
             raise FlJaxError(f"fedavg_rates must have 1, which is plain averaging, and are {self.fedavg_rates}.")
 
@@ -121,7 +123,8 @@ class Config(cli.Common):
         """Two rates of each, a smaller network, a fifth of the rounds, without the clients that have no skew."""
         return cls(
             iid=False, rounds=30, seeds=3, hidden=50, client_rates=decades(-3, -2), fedavg_rates=decades(-1, 0),
-            fedavgm_rates=decades(-2, -1), fedadagrad_rates=decades(-4, -3), fedadam_rates=decades(-5, -4), fedyogi_rates=decades(-5, -4))
+            fedavgm_rates=decades(-2, -1), fedadagrad_rates=decades(-4, -3), fedadam_rates=decades(-5, -4),
+            fedyogi_rates=decades(-5, -4))
 
     def axes(self, method: str) -> dict[str, tuple[float, ...]]:
         """The grid of a method, for rate_grid."""
@@ -222,7 +225,8 @@ def study_of(config: Config, model: Model, draws: Sequence[Draw]) -> training.St
     datasets = [draw.dataset for draw in draws]
     names = datasets[0].class_names
     splits = mnist.stacked(datasets)._replace(
-        validation=by_class([dataset.validation for dataset in datasets], len(names)), test=by_class([datasets[0].test], len(names)))
+        validation=by_class([dataset.validation for dataset in datasets], len(names)),
+        test=by_class([datasets[0].test], len(names)))
     return training.Study(
         model, splits, names, (), config.rounds, config.evaluate_every, chunk=CHUNK,
         metrics={"accuracy": CLASSIFICATION["accuracy"]}, mesh=sweep.run_mesh())

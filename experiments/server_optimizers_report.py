@@ -43,7 +43,12 @@ FEDAVG, PLAIN, IID = "FedAvg", "FedAvg, server rate 1", "IID"
 NEAR = 0.02
 """a point of a grid is near its best where its validation accuracy is less than this below it"""
 _PAPER = "arXiv 2003.00295, Table 1"
+_FRAME = {"boxstyle": "square,pad=0.25", "facecolor": "none", "edgecolor": "#D55E00", "linewidth": 1.6}
 _difference = with_bounds(signed())
+Grids = Mapping[str, Mapping[str, "Tried"]]
+"""Every method's grid: by partition and method."""
+Rates = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""The rates of every arm: by arm and partition."""
 Law = Callable[["Measured"], npt.NDArray[np.float64]]
 
 
@@ -60,9 +65,9 @@ def claims(config: "Config") -> list[Claim]:
 def _stated(config: "Config") -> Iterator[tuple[Claim, Law]]:
     """Each claim with the function that measures it, one value a seed.
 
-    The paper's table has, for CIFAR-10 at 500 clients of Dir(.1): FedAdagrad .721, FedAdam .774, FedYogi .780, FedAvgM .774, FedAvg .728;
-    and for EMNIST, whose clients are writers: .851, .856, .855, .852, .849. Other images and another network carry over the signs of
-    these differences, not their sizes.
+    The paper's table has, for CIFAR-10 at 500 clients of Dir(.1): FedAdagrad .721, FedAdam .774, FedYogi .780, FedAvgM .774,
+    FedAvg .728; and for EMNIST, whose clients are writers: .851, .856, .855, .852, .849. Other images and another network carry over
+    the signs of these differences, not their sizes.
     """
     where = skewed(config)
 
@@ -74,15 +79,18 @@ def _stated(config: "Config") -> Iterator[tuple[Claim, Law]]:
     for arm, gain in gains.items():
         if config.quick:
             tolerance, reason = 0.05, (
-                "three seeds of few rounds, in which accuracies swing by .05 from one cohort to the next: two standard errors of a mean")
+                "three seeds of few rounds, in which accuracies swing by .05 from one cohort to the next: two standard errors of "
+                "a mean")
         elif gain > 0:
             tolerance, reason = 0.0, f"the published difference, on CIFAR-10, is {gain:+.3f}: the sign is to be the same"
         else:
             tolerance, reason = 0.01, (
-                f"published as even ({gain:+.3f} on CIFAR-10, +.002 on EMNIST): two standard errors of five seeds that differ by .01")
+                f"published as even ({gain:+.3f} on CIFAR-10, +.002 on EMNIST): two standard errors of five seeds that differ by "
+                ".01")
         source = f"{_PAPER}; 1909.06335, Figure 5" if arm == "FedAvgM" else _PAPER
         yield Claim(
-            f"{arm} minus FedAvg, {where}", source, 0.0, Direction.AT_LEAST, tolerance, reason, quick=config.quick), minus(arm, FEDAVG, where)
+            f"{arm} minus FedAvg, {where}", source, 0.0, Direction.AT_LEAST, tolerance, reason, quick=config.quick,
+        ), minus(arm, FEDAVG, where)
     if config.quick:
         return
     yield Claim(
@@ -94,8 +102,8 @@ def _stated(config: "Config") -> Iterator[tuple[Claim, Law]]:
                 continue
             yield Claim(
                 f"{arm} minus FedAvg, {IID}", "own bar", 0.0, Direction.WITHIN, 0.01,
-                "without skew a mean of ten clients has little noise for a server to filter; on EMNIST, of mild skew, the paper has "
-                "differences of .003 to .007"), minus(arm, FEDAVG, IID)
+                "without skew a mean of ten clients has little noise for a server to filter; on EMNIST, of mild skew, the paper "
+                "has differences of .003 to .007"), minus(arm, FEDAVG, IID)
     if config.iid and "FedAdam" in gains:
         yield Claim(
             f"FedAdam's gain over FedAvg, {where} minus {IID}", "own bar", 0.0, Direction.AT_LEAST, 0.0,
@@ -104,8 +112,7 @@ def _stated(config: "Config") -> Iterator[tuple[Claim, Law]]:
 
 
 def conclude(
-    folder: RunFolder, config: "Config", tried: Mapping[str, Mapping[str, "Tried"]], chosen: Mapping[str, Mapping[str, Mapping[str, float]]],
-    draws: Sequence["Draw"], metrics: pd.DataFrame,
+    folder: RunFolder, config: "Config", tried: Grids, chosen: Rates, draws: Sequence["Draw"], metrics: pd.DataFrame,
 ) -> None:
     """Prints the tables and their reading; writes claims, summary and figures."""
     console, measured = Console(), Measured(config, tried, chosen, draws, metrics)
@@ -127,8 +134,7 @@ class Measured:
     """The test accuracies of all arms, and what follows from them."""
 
     def __init__(
-        self, config: "Config", tried: Mapping[str, Mapping[str, "Tried"]], chosen: Mapping[str, Mapping[str, Mapping[str, float]]],
-        draws: Sequence["Draw"], metrics: pd.DataFrame,
+        self, config: "Config", tried: Grids, chosen: Rates, draws: Sequence["Draw"], metrics: pd.DataFrame,
     ) -> None:
         self.config, self.tried, self.chosen = config, tried, chosen
         self.arms = [PLAIN, *(arm for arm in chosen if arm != PLAIN)]
@@ -160,9 +166,11 @@ class Measured:
         return np.array([(mix @ accuracy).min() for mix, accuracy in zip(self._mixes[partition], of_classes, strict=True)])
 
     def rounds_to_target(self, partition: str, arm: str) -> npt.NDArray[np.float64]:
-        """float64[S]: by seed, as results.crossing counts them: the best measurement so far, interpolated; NaN where none reaches it."""
-        rows = self.accuracies[(self.accuracies["arm"] == f"{arm}, {partition}") & (self.accuracies["site"] == "all")].sort_values("round")
-        return np.array([rounds_to_target(own["round"], own["value"], self.config.target) for _, own in rows.groupby("seed")])
+        """float64[S], by seed, as results.crossing counts them: the best measurement so far, interpolated; NaN where none reaches
+        the target."""
+        rows = self.accuracies[(self.accuracies["arm"] == f"{arm}, {partition}") & (self.accuracies["site"] == "all")]
+        by_seed = rows.sort_values("round").groupby("seed")
+        return np.array([rounds_to_target(own["round"], own["value"], self.config.target) for _, own in by_seed])
 
     def score(self, partition: str, arm: str) -> float:
         """The validation accuracy of an arm's point of its grid."""
@@ -192,13 +200,14 @@ class Measured:
             rows.append(row)
         short, margin = "{:.3g}".format, with_margin()
         columns = [
-            Column("arm", "", right=False), Column(CLIENT, CLIENT, short), Column(SERVER, SERVER, short), Column("score", "validation", number()),
-            Column("near", f"within {NEAR:g}"), Column("test", "test", margin), Column("worst", "worst client", margin),
+            Column("arm", "", right=False), Column(CLIENT, CLIENT, short), Column(SERVER, SERVER, short),
+            Column("score", "validation", number()), Column("near", f"within {NEAR:g}"),
+            Column("test", "test", margin), Column("worst", "worst client", margin),
             Column("rounds", f"rounds to {self.config.target:g}", number(0)), Column("gain", "Δ FedAvg", _difference)]
         first = self.config.counted_after + 1
         title = (
-            f"Accuracy in rounds {first} to {self.config.rounds}, {partition}, {self.config.seeds} seeds; ± half of the 95 % interval; "
-            "Δ paired by seed")
+            f"Accuracy in rounds {first} to {self.config.rounds}, {partition}, {self.config.seeds} seeds; "
+            "± half of the 95 % interval; Δ paired by seed")
         return comparison_table(rows, columns, title)
 
     def reading(self) -> list[str]:
@@ -211,8 +220,8 @@ class Measured:
                              f"{_difference(gain)} against server rate 1, whose client rate is tuned too.")
         if len(self.tried) > 1 and others:
             where = skewed(self.config)
-            parts = [f"{arm} {_difference(mean_interval(self.difference(where, arm, FEDAVG) - self.difference(IID, arm, FEDAVG)))}"
-                     for arm in others]
+            more = {arm: self.difference(where, arm, FEDAVG) - self.difference(IID, arm, FEDAVG) for arm in others}
+            parts = [f"{arm} {_difference(mean_interval(values))}" for arm, values in more.items()]
             sentences.append(f"How much larger the gain over FedAvg is with skew than without: {', '.join(parts)}.")
         for partition in self.tried:
             parts = ["{} {} of {}".format(arm, *self.near(partition, arm)) for arm in self.arms if arm != PLAIN]
@@ -230,7 +239,8 @@ class Measured:
             "above FedAvg": [arm for arm, gain in gains.items() if gain.low > 0],
             "below it": [arm for arm, gain in gains.items() if gain.high < 0]}
         groups["not told apart from it"] = [arm for arm in gains if not any(arm in group for group in groups.values())]
-        parts = [f"{', '.join(f'{arm} {_difference(gains[arm])}' for arm in group)} {what}" for what, group in groups.items() if group]
+        named = {what: ", ".join(f"{arm} {_difference(gains[arm])}" for arm in group) for what, group in groups.items() if group}
+        parts = [f"{found} {what}" for what, found in named.items()]
         return f"{partition}: {'; '.join(parts)}."
 
     def summary(self) -> dict[str, Any]:
@@ -247,7 +257,8 @@ class Measured:
             } for arm in self.arms}
             for arm, (axes, scores, choice) in of.items():
                 found[partition][arm]["grid"] = [
-                    {**point, "validation": values.tolist()} for point, values in zip(rate_grid.points(axes), scores, strict=True)]
+                    {**point, "validation": values.tolist()}
+                    for point, values in zip(rate_grid.points(axes), scores, strict=True)]
                 found[partition][arm]["edges"] = list(choice.edges)
         return {"target": self.config.target, "partitions": found, "reading": self.reading()}
 
@@ -256,7 +267,7 @@ class Measured:
         names = {f"{arm}, {partition}": arm for arm in self.arms}
         rows = self.accuracies[self.accuracies["arm"].isin(names)]
         return curves(
-            rows.assign(arm=rows["arm"].map(names)), "accuracy", "test", "all", [arm for arm in self.arms if arm != PLAIN] + [PLAIN],
+            rows.assign(arm=rows["arm"].map(names)), "accuracy", "test", "all", [*self.chosen],
             bounds=(0.0, 1.0), size=(7.0, 3.8))
 
 
@@ -273,7 +284,7 @@ def grid_figure(tried: Mapping[str, "Tried"]) -> Figure:
             best = choice.point == {CLIENT: axes[CLIENT][row], SERVER: axes[SERVER][column]}
             panel.text(column, row, number(2)(value) if np.isfinite(value) else "–", ha="center", va="center", fontsize=7.5,
                        color="black" if value > top - 0.1 else "white", fontweight="bold" if best else "normal",
-                       bbox={"boxstyle": "square,pad=0.25", "facecolor": "none", "edgecolor": "#D55E00", "linewidth": 1.6} if best else None)
+                       bbox=_FRAME if best else None)
         panel.set_title(arm, fontsize=9)
         for axis, name in ((panel.xaxis, SERVER), (panel.yaxis, CLIENT)):
             axis.set_ticks(range(len(axes[name])), [f"{value:.2g}" for value in axes[name]])

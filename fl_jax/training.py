@@ -52,8 +52,9 @@ def fit(
     seeds: int label of each run in the rows. variants: what the rows of each run add to the arm's name, such as ", mu 1", where runs
     differ in more than their seed. folder: where rows are appended and checkpoints kept (checkpoints/<arm>), one after
     each evaluation; None keeps everything in memory. resume: goes on from the newest intact checkpoint of each arm, bit for bit.
-    progress: a bar with rounds/s and the time left, on a terminal only. may_diverge: a run in which every message of a round was not finite
-    goes on with the model that it has, and its rows of that round say "participants" 0 and "nonfinite" more: for grids of learning rates.
+    progress: a bar with rounds/s and the time left, on a terminal only. may_diverge: a run in which every message of a round was not
+    finite goes on with the model that it has, and its rows of that round say "participants" 0 and "nonfinite" more: for grids of
+    learning rates.
 
     Ctrl-C ends the block that runs, saves it and raises KeyboardInterrupt; a second one stops at once. Raises FlJaxError where every
     message of a round was not finite, unless that is allowed, naming the round and the sites: what was saved before stays.

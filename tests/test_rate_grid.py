@@ -19,7 +19,7 @@ AXES = {"client": (0.01, 0.1, 1.0), "server": (0.5, 2.0)}
 
 
 def rows_of(axes, scores, rounds=(1, 2)):
-    """Validation accuracy of each point and seed in each round: its score and what sums to 0; and other rows that say the reverse."""
+    """Validation accuracy of each point and seed in each round: its score and what sums to 0; other rows say the reverse."""
     found = []
     for point, of_seeds in zip(rate_grid.points(axes), scores, strict=True):
         arm = f"a{rate_grid.suffix(point)}"
@@ -109,10 +109,11 @@ def test_a_run_of_the_grid_is_the_run_with_that_rate_alone(plain_model):
     work = batches.epochs(1, 5)
     seeds = training.seeds_of([3, 4], stacked=False)
     axes = {"client": (0.01, 0.3), "server": (0.5, 1.0)}
-    tried = training.fit(study, [arm(lambda hyper: algorithms.fedavg(
-        plain_model, optax.sgd(hyper["client"]), work, server=optax.sgd(hyper["server"])))], range(8), rate_grid.rows(axes, seeds))["a"]
+    of_grid = arm(lambda hyper: algorithms.fedavg(
+        plain_model, optax.sgd(hyper["client"]), work, server=optax.sgd(hyper["server"])))
+    tried = training.fit(study, [of_grid], range(8), rate_grid.rows(axes, seeds))["a"]
     alone = training.fit(study, [arm(lambda _: algorithms.fedavg(
         plain_model, optax.sgd(0.3), work, server=optax.sgd(0.5)))], [3, 4], seeds)["a"]
-    for of_grid, one in zip(jax.tree.leaves(tried.state.shared), jax.tree.leaves(alone.state.shared), strict=True):
-        np.testing.assert_allclose(of_grid[4:6], one, atol=1e-6)
-        assert not jnp.allclose(of_grid[6:8], one, atol=1e-4)
+    for every, one in zip(jax.tree.leaves(tried.state.shared), jax.tree.leaves(alone.state.shared), strict=True):
+        np.testing.assert_allclose(every[4:6], one, atol=1e-6)
+        assert not jnp.allclose(every[6:8], one, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The study of server optimizers: what is chosen by what, which arms run with which rates, and that its claims are its rows' numbers."""
+"""The study of server optimizers: what is chosen by what, which arms run with which rates, that claims are the rows' numbers."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ DIRICHLET = skewed(SMALL)
 
 
 def images(split, poison=False):
-    """Each class has a bright third, 240 images for training and 90 for testing; or test images of which most are of the last class."""
+    """Each class has a bright third, 240 images for training and 90 for testing; or test images mostly of the last class."""
     rng = np.random.default_rng({"train": 0, "test": 1}[split])
     y = rng.permutation(np.arange({"train": 240, "test": 90}[split]) % CLASSES).astype(np.int32)
     if poison and split == "test":
