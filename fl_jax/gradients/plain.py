@@ -1,4 +1,4 @@
-"""Gradient oracles: what a client calls for the gradient of a mini-batch."""
+"""The gradient of the mean loss of a mini-batch, without privacy: the reference of every other oracle."""
 
 import jax
 
