@@ -10,8 +10,8 @@ federation: 500 clients of Dir(.1) over labels (Hsu et al. 2019, arXiv 1909.0633
 
 Every method tries equally many pairs of client and server rate, on federations of their own that hold back a tenth of each
 client's images; a pair is chosen by the accuracy on these in the last fifth of the rounds, and those federations have no test
-images. What is reported is the accuracy on the official test set in the last fifth of the rounds, of fresh seeds, each with its own
-partition, initial weights and cohorts, which the methods share. All points of a grid are rows of one program a method.
+images. What is reported is the accuracy on the official test set in the last fifth of the rounds, of fresh seeds, each with its
+own partition, initial weights and cohorts, which the methods share. All points of a grid are rows of one program a method.
 Data: `python -m fl_jax.data prepare fashion_mnist`.
 """
 
@@ -122,7 +122,7 @@ class Config(cli.Common):
     def quick_defaults(cls) -> "Config":
         """Two rates of each, a smaller network, a fifth of the rounds, without the clients that have no skew."""
         return cls(
-            iid=False, rounds=30, seeds=3, hidden=50, client_rates=decades(-3, -2), fedavg_rates=decades(-1, 0),
+            quick=True, iid=False, rounds=30, seeds=3, hidden=50, client_rates=decades(-3, -2), fedavg_rates=decades(-1, 0),
             fedavgm_rates=decades(-2, -1), fedadagrad_rates=decades(-4, -3), fedadam_rates=decades(-5, -4),
             fedyogi_rates=decades(-5, -4))
 

@@ -66,8 +66,8 @@ def _stated(config: "Config") -> Iterator[tuple[Claim, Law]]:
     """Each claim with the function that measures it, one value a seed.
 
     The paper's table has, for CIFAR-10 at 500 clients of Dir(.1): FedAdagrad .721, FedAdam .774, FedYogi .780, FedAvgM .774,
-    FedAvg .728; and for EMNIST, whose clients are writers: .851, .856, .855, .852, .849. Other images and another network carry over
-    the signs of these differences, not their sizes.
+    FedAvg .728; and for EMNIST, whose clients are writers: .851, .856, .855, .852, .849. Other images and another network carry
+    over the signs of these differences, not their sizes.
     """
     where = skewed(config)
 

@@ -6,15 +6,16 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import mnist, rate_grid, server_optimizers
-from experiments.server_optimizers import METHODS, Config, by_class, measure
+from experiments.server_optimizers import METHODS, Config, by_class, measure, study_of
 from experiments.server_optimizers_report import CLIENT, FEDAVG, IID, PLAIN, SERVER, Measured, claims, skewed
-from fl_jax import models
+from fl_jax import algorithms, batches, models, sampling, training
 from fl_jax.data import Records, Source, class_counts
 from fl_jax.errors import FlJaxError
-from fl_jax.results import load_run, read_claims
+from fl_jax.results import load_run, read_claims, select
 
 CLASSES = 3
 SMALL = Config(
@@ -35,9 +36,20 @@ def images(split, poison=False):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def squares():
+def thirds():
+    """The small images, and programs that are compiled once: rates and images are their arguments."""
+    known, compile_arms = {}, training.compile_arms
+
+    def remembered(study, arms, runs, bar):
+        shapes = [leaf.shape for leaf in jax.tree.leaves((runs, study.splits))]
+        key = f"{[arm.name for arm in arms]} {jax.tree.structure(runs)} {shapes}"
+        if key not in known:
+            known[key] = compile_arms(study, arms, runs, bar)
+        return known[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(mnist.IMAGES, "fashion_mnist", images)
+        patch.setattr(training, "compile_arms", remembered)
         yield
 
 
@@ -55,12 +67,19 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain():
-    """FedAvg with server rate 1, and plain averaging."""
+    """FedAvg with server rate 1, the arm of plain averaging, and the rows of averaging without a server optimizer."""
     config = dataclasses.replace(SMALL, methods=(FEDAVG,))
     model = mnist.classifier(models.TwoNN(hidden=SMALL.hidden))
-    chosen = {arm: {name: {CLIENT: 0.05, SERVER: 1.0} for name in (DIRICHLET, IID)} for arm in (FEDAVG, PLAIN)}
+    chosen = {arm: {DIRICHLET: {CLIENT: 0.05, SERVER: 1.0}, IID: {CLIENT: 0.02, SERVER: 1.0}} for arm in (FEDAVG, PLAIN)}
     draws, metrics = measure(config, model, chosen)
-    return draws, Measured(config, {DIRICHLET: {}, IID: {}}, chosen, draws, metrics)
+    work = batches.epochs(1, SMALL.batch_size)
+    averaging = training.Arm(
+        "averaging", lambda rate: algorithms.fedavg(model, optax.sgd(rate), work), lambda sites: sampling.fixed_size(4, 12))
+    seeds = [draw.seed for draw in draws]
+    runs = training.seeds_of(seeds, stacked=True)._replace(
+        hyper=jnp.array([{DIRICHLET: 0.05, IID: 0.02}[draw.partition] for draw in draws]))
+    fit = training.fit(study_of(config, model, draws), [averaging], seeds, runs, variants=[f", {d.partition}" for d in draws])
+    return draws, Measured(config, {DIRICHLET: {}, IID: {}}, chosen, draws, metrics), fit["averaging"].rows
 
 
 def accuracy(run, arm, seed, rounds, split="test", site="all"):
@@ -131,15 +150,18 @@ def test_other_test_images_change_no_choice_and_a_finished_study_is_resumed_as_i
 
 
 def test_fedavg_with_server_rate_1_is_plain_averaging(plain):
-    _, measured = plain
+    _, measured, averaging = plain
     for partition in (DIRICHLET, IID):
         np.testing.assert_array_equal(measured.difference(partition, FEDAVG, PLAIN), 0)
         assert measured.gain(partition, FEDAVG, PLAIN).mean == 0
+        rows = select(averaging, "accuracy", "test", "all", [f"averaging, {partition}"])
+        restated = rows[rows["round"] > 3].groupby("seed")["value"].mean()
+        np.testing.assert_allclose(measured.values(partition, FEDAVG), restated, atol=0.02)  # of 90 images
     assert not np.array_equal(measured.values(DIRICHLET, FEDAVG), measured.values(IID, FEDAVG))
 
 
 def test_the_worst_client_is_the_one_whose_mix_of_classes_fares_worst(plain):
-    draws, measured = plain
+    draws, measured, _ = plain
     for partition in (DIRICHLET, IID):
         of_classes = np.stack([measured.values(partition, FEDAVG, name) for name in "abc"], axis=1)
         np.testing.assert_allclose(of_classes.mean(1), measured.values(partition, FEDAVG), atol=1e-6)  # 30 test images of each
@@ -199,7 +221,7 @@ def test_grids_that_are_not_matched_are_one_sentence():
 
 
 def test_every_method_has_a_claim_and_those_of_the_quick_form_are_marked():
-    quick, full = claims(dataclasses.replace(Config.quick_defaults(), quick=True)), claims(Config())
+    quick, full = claims(Config.quick_defaults()), claims(Config())
     assert [claim.claim for claim in quick] == [claim.claim for claim in full[:4]]
     assert {claim.claim.split()[0] for claim in quick} == {*METHODS} - {FEDAVG}
     assert all(claim.quick for claim in quick) and not any(claim.quick for claim in full) and len(full) == 8
@@ -209,7 +231,7 @@ def test_every_method_has_a_claim_and_those_of_the_quick_form_are_marked():
 def test_the_quick_form_holds(published_data, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(published_data("fashion_mnist")))
     monkeypatch.setitem(mnist.IMAGES, "fashion_mnist", mnist.fashion_mnist)
-    config = dataclasses.replace(Config.quick_defaults(), quick=True, out=tmp_path / "run")
+    config = dataclasses.replace(Config.quick_defaults(), out=tmp_path / "run")
     server_optimizers.run(config)
     verdicts = read_claims(config.out / "claims.json")
     assert [verdict.holds for verdict in verdicts] == [True] * 4 and all(verdict.claim.quick for verdict in verdicts)
