@@ -170,7 +170,7 @@ def _functions(
 
         def one(state: State, _: None) -> tuple[State, tuple[Array, RoundMetrics]]:
             cohort_key, round_key = jax.random.split(jax.random.fold_in(run_key, state.round))
-            cohort = sampling.draw(cohort_key, seen.train)
+            cohort = sampling.draw(cohort_key, state.round, seen.train)
             state, metrics = algorithm.round(round_key, state, cohort, seen.train)
             return state, (cohort.ids, metrics)
 

@@ -26,8 +26,8 @@ def equal(sites: Sites) -> Array:
 def everyone(weights: Weights = by_records) -> Sampling:
     """Every site takes part in every round: the cross-silo setting. There is no amplification by sampling."""
 
-    def draw(key: Key, sites: Sites) -> Cohort:
-        del key
+    def draw(key: Key, t: Array, sites: Sites) -> Cohort:
+        del key, t
         return _cohort(jnp.arange(sites.size.shape[0], dtype=jnp.int32), sites, weights)
 
     return Sampling(draw, no_amplification)
@@ -42,7 +42,8 @@ def fixed_size(cohort_size: int, num_clients: int, weights: Weights = by_records
     if not 1 <= cohort_size <= num_clients:
         raise FlJaxError(f"a cohort of {cohort_size} cannot be drawn from {num_clients} clients: choose 1 to {num_clients}.")
 
-    def draw(key: Key, sites: Sites) -> Cohort:
+    def draw(key: Key, t: Array, sites: Sites) -> Cohort:
+        del t
         if sites.size.shape[0] != num_clients:
             raise FlJaxError(f"the sampler was made for {num_clients} clients, and the data has {sites.size.shape[0]} sites.")
         ids = jax.random.permutation(key, num_clients)[:cohort_size].astype(jnp.int32)
@@ -60,9 +61,9 @@ def with_dropouts(sampling: Sampling, rate: float | Array) -> Sampling:
     Earns no further amplification: nobody can promise that drop-outs are random.
     """
 
-    def draw(key: Key, sites: Sites) -> Cohort:
+    def draw(key: Key, t: Array, sites: Sites) -> Cohort:
         first, second = jax.random.split(key)
-        cohort = sampling.draw(first, sites)
+        cohort = sampling.draw(first, t, sites)
         stays = jax.random.uniform(second, cohort.ids.shape) >= rate
         return cohort._replace(weight=jnp.where(stays, cohort.weight, 0))
 
@@ -78,9 +79,9 @@ def with_stragglers(sampling: Sampling, rate: float, batches: Batches, num_epoch
     if num_epochs < 2:
         raise FlJaxError("a straggler does at least one epoch and not all: num_epochs must be 2 or more.")
 
-    def draw(key: Key, sites: Sites) -> Cohort:
+    def draw(key: Key, t: Array, sites: Sites) -> Cohort:
         first, second, third = jax.random.split(key, 3)
-        cohort = sampling.draw(first, sites)
+        cohort = sampling.draw(first, t, sites)
         count = cohort.ids.shape[0]
         slow = jax.random.permutation(second, count) < round(rate * count)
         if dropped:

@@ -266,10 +266,12 @@ class FederatedAlgorithm(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """Who takes part: draw: (key, sites) -> Cohort; amplify: DpEvent of one round -> DpEvent of one sampled round.
+    """Who takes part.
 
-    The sampler alone knows the amplification that it earns.
+    draw:    (key, t, sites) -> Cohort. key: this round's. t: int32, rounds done before it, for samplers that promise something of
+             rounds together: a promise must hold whatever keys it is given
+    amplify: DpEvent of one round -> DpEvent of one sampled round; the sampler alone knows the amplification that it earns
     """
 
-    draw: Callable[[Key, Sites], Cohort]
+    draw: Callable[[Key, Array, Sites], Cohort]
     amplify: Callable[[dp_accounting.DpEvent], dp_accounting.DpEvent]

@@ -143,7 +143,7 @@ def test_rounds_scan_and_seeds_map(built, sites, name):
     def run(key):
         def body(state, key):
             first, second = jax.random.split(key)
-            return algorithm.round(first, state, SAMPLER.draw(second, sites), sites)
+            return algorithm.round(first, state, SAMPLER.draw(second, state.round, sites), sites)
 
         return jax.lax.scan(body, state, jax.random.split(key, 2))
 
@@ -153,7 +153,7 @@ def test_rounds_scan_and_seeds_map(built, sites, name):
     alone = state
     for key in jax.random.split(keys[1], 2):
         first, second = jax.random.split(key)
-        alone, _ = round(first, alone, drawn(second, sites), sites)
+        alone, _ = round(first, alone, drawn(second, alone.round, sites), sites)
     close(jax.tree.map(lambda leaf: leaf[1], mapped), alone)
 
 
@@ -191,7 +191,7 @@ def test_special_cases_are_fedavg(plain_model, sites, averaged, change):
 ], ids=["FedAvg, one full batch", "FedSGD in batches of 5"])
 def test_one_full_batch_step_of_everybody_is_centralized_gradient_descent(plain_model, sites, algorithm):
     variables = plain_model.init(KEY)
-    everyone = sampling.everyone().draw(KEY, sites)
+    everyone = sampling.everyone().draw(KEY, 0, sites)
     built = algorithm(plain_model)
     after, _ = jax.jit(built.round)(KEY, built.init(variables, len(SIZES)), everyone, sites)
     kernel, bias = (np.float64(variables.params["Dense_0"][name]) for name in ("kernel", "bias"))
@@ -281,14 +281,14 @@ def test_the_centralized_arm_makes_the_federations_steps(plain_model, sites):
     algorithm = algorithms.centralized(plain_model, SGD, algorithms.pooled_batches(BATCHES))
     federated = algorithms.fedavg(plain_model, SGD, BATCHES)
     matched = algorithms.matched_budget(sampler, BATCHES, sites)
-    _, metrics = jax.jit(algorithm.round)(KEY, algorithm.init(plain_model.init(KEY), 1), matched.draw(KEY, pooled), pooled)
-    _, expected = jax.jit(federated.round)(KEY, federated.init(plain_model.init(KEY), len(SIZES)), sampler.draw(KEY, sites), sites)
+    _, metrics = jax.jit(algorithm.round)(KEY, algorithm.init(plain_model.init(KEY), 1), matched.draw(KEY, 0, pooled), pooled)
+    _, expected = jax.jit(federated.round)(KEY, federated.init(plain_model.init(KEY), len(SIZES)), sampler.draw(KEY, 0, sites), sites)
     assert float(metrics.server["steps"]) == float(expected.server["steps"]) > 0
 
 
 def test_float_hyperparameters_are_axes_of_one_program(plain_model, sites):
     variables = plain_model.init(KEY)
-    everyone = sampling.everyone().draw(KEY, sites)
+    everyone = sampling.everyone().draw(KEY, 0, sites)
 
     def run(learning_rate, mu, server_learning_rate):
         algorithm = algorithms.fedprox(plain_model, optax.sgd(learning_rate), BATCHES, mu)

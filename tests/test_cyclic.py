@@ -87,7 +87,7 @@ def test_a_fixed_order_is_that_of_the_ids_and_runs_scan_and_map(plain_model, sit
 
     def run(key):
         def one(state, key):
-            state, metrics = algorithm.round(key, state, sampler.draw(key, sites), sites)
+            state, metrics = algorithm.round(key, state, sampler.draw(key, state.round, sites), sites)
             return state, jnp.argmax(metrics.clients["participated"])
 
         return jax.lax.scan(one, algorithm.init(plain_model.init(KEY), N), jax.random.split(key, N + 2))[1]

@@ -23,7 +23,7 @@ def test_the_readmes_code_runs(capsys, sites, plain_model):
 
     algorithm = names["fedpull"](plain_model, optax.sgd(0.1), batches.epochs(1, 4))
     state = algorithm.init(plain_model.init(jax.random.key(0)), sites.size.shape[0])
-    after, metrics = jax.jit(algorithm.round)(jax.random.key(1), state, sampling.everyone().draw(jax.random.key(2), sites), sites)
+    after, metrics = jax.jit(algorithm.round)(jax.random.key(1), state, sampling.everyone().draw(jax.random.key(2), 0, sites), sites)
     moved = optax.tree.norm(optax.tree.sub(after.shared, state.shared))
     mean_length = metrics.server["length"] / metrics.server["participants"]
     assert 0 < moved <= mean_length  # a mean of unit directions is no longer than one

@@ -21,16 +21,16 @@ BATCHES = batches.epochs(5, 4)
 
 def many(sampler, sites, count=2_000):
     """`count` cohorts, stacked."""
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(lambda key: sampler.draw(key, sites)))(jax.random.split(KEY, count)))
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(lambda key: sampler.draw(key, 0, sites)))(jax.random.split(KEY, count)))
 
 
 def test_everyone_takes_part_with_the_weights_asked_for(sites):
-    cohort = sampling.everyone().draw(KEY, sites)
+    cohort = sampling.everyone().draw(KEY, 0, sites)
     np.testing.assert_array_equal(cohort.ids, np.arange(N))
     np.testing.assert_array_equal(cohort.weight, SIZES)
     assert (np.asarray(cohort.steps) == sampling.ALL_STEPS).all()
     assert (cohort.ids.dtype, cohort.weight.dtype, cohort.steps.dtype) == (jnp.int32, jnp.float32, jnp.int32)
-    np.testing.assert_array_equal(sampling.everyone(sampling.equal).draw(KEY, sites).weight, np.ones(N))
+    np.testing.assert_array_equal(sampling.everyone(sampling.equal).draw(KEY, 0, sites).weight, np.ones(N))
     assert sampling.everyone().amplify(EVENT) is EVENT
 
 
@@ -50,8 +50,8 @@ def test_cohorts_of_a_fixed_size_are_distinct_and_every_set_is_equally_likely(si
 
 def test_a_cohort_is_a_function_of_its_key(sites):
     draw = jax.jit(sampling.fixed_size(3, N).draw)
-    np.testing.assert_array_equal(draw(KEY, sites).ids, draw(KEY, sites).ids)
-    assert len({tuple(np.asarray(draw(jax.random.key(k), sites).ids)) for k in range(20)}) > 10
+    np.testing.assert_array_equal(draw(KEY, 0, sites).ids, draw(KEY, 0, sites).ids)
+    assert len({tuple(np.asarray(draw(jax.random.key(k), 0, sites).ids)) for k in range(20)}) > 10
 
 
 def test_fixed_size_claims_sampling_without_replacement():
@@ -66,7 +66,7 @@ def test_a_cohort_that_cannot_be_drawn_is_refused(size):
 
 def test_a_sampler_for_another_number_of_sites_is_refused(sites):
     with pytest.raises(FlJaxError, match=f"made for 50 clients, and the data has {N}"):
-        sampling.fixed_size(3, 50).draw(KEY, sites)
+        sampling.fixed_size(3, 50).draw(KEY, 0, sites)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])

@@ -179,7 +179,7 @@ def test_a_federated_round_of_the_linear_model_is_the_mean_of_the_sites_steps():
     variables = model.init(jax.random.key(0))
     (before,) = jax.tree.leaves(variables)  # one leaf: there is no bias
     algorithm = algorithms.fedavg(model, optax.sgd(0.5), batches.epochs(1, 16))
-    cohort = sampling.everyone().draw(jax.random.key(1), sites)
+    cohort = sampling.everyone().draw(jax.random.key(1), 0, sites)
     state, _ = jax.jit(algorithm.round)(jax.random.key(2), algorithm.init(variables, 2), cohort, sites)
     (after,) = jax.tree.leaves(algorithm.model(state, jnp.int32(0)))
     expected = np.zeros(3)

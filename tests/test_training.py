@@ -65,8 +65,8 @@ def storms(sites):
     """Everybody takes part, or, in two rounds of five, nobody can."""
     everyone = sampling.everyone()
 
-    def draw(key, sites):
-        cohort = everyone.draw(key, sites)
+    def draw(key, t, sites):
+        cohort = everyone.draw(key, t, sites)
         return cohort._replace(weight=cohort.weight * (jax.random.uniform(key) >= 0.4))
 
     return Sampling(draw, everyone.amplify)

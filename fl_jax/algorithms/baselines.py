@@ -8,7 +8,7 @@ from fl_jax.clients import everything_local
 from fl_jax.core import ONE_LANE, Engine
 from fl_jax.norms import NormPolicy
 from fl_jax.sampling import ALL_STEPS
-from fl_jax.types import Batches, Cohort, FederatedAlgorithm, Gradient, Key, Model, Sampling, Sites, no_amplification
+from fl_jax.types import Array, Batches, Cohort, FederatedAlgorithm, Gradient, Key, Model, Sampling, Sites, no_amplification
 
 ALONE = NormPolicy("nothing shared", everything_local)
 
@@ -39,9 +39,9 @@ def matched_budget(sampling: Sampling, batches: Batches, sites: Sites) -> Sampli
     sites: those of the federation. The pooled client needs `pooled_batches(batches)`, so that only this cap bounds its steps.
     """
 
-    def draw(key: Key, pooled: Sites) -> Cohort:
+    def draw(key: Key, t: Array, pooled: Sites) -> Cohort:
         del pooled
-        cohort = sampling.draw(key, sites)
+        cohort = sampling.draw(key, t, sites)
         size = jnp.take(sites.size, cohort.ids, mode="clip")
         steps = jnp.where(cohort.weight > 0, jnp.minimum(batches.steps(size), cohort.steps), 0).sum().astype(jnp.int32)
         return Cohort(jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.float32), steps[None])
