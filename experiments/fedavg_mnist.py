@@ -16,7 +16,7 @@ import optax
 import pandas as pd
 
 from experiments import cli, fedavg_mnist_report, rate_grid
-from experiments.fedavg_mnist_protocol import Config, Outcome, Problem, at_least, at_most, claims, crossings, problems
+from experiments.fedavg_mnist_protocol import Config, Outcome, Problem, Tried, at_least, at_most, claims, crossings, problems
 from experiments.mnist import IMAGES, Load, classifier, stacked, to_choose, to_measure
 from experiments.reproduction import Reproduction
 from fl_jax import algorithms, batches, sampling, sweep, training
@@ -33,8 +33,8 @@ MOST_CHOOSING_MEASURES = 50
 REPRODUCTION = Reproduction(claims, datasets=("mnist",))
 
 
-def choose(problem: Problem, config: Config, images: Load, folder: RunFolder) -> tuple[float, dict[float, float], bool]:
-    """The learning rate, what each was chosen by, and whether it is at the grid's edge.
+def choose(problem: Problem, config: Config, images: Load, folder: RunFolder) -> tuple[float, dict[float, Tried], bool]:
+    """The learning rate, what each of the grid gave, and whether it is at the grid's edge.
 
     By the mean over the last half of the rounds of the best validation accuracy so far: that of all held-out images, since a round is
     good for the whole curve and a crossing of few thousand images is noisy. Test images are not in the program.
@@ -49,16 +49,20 @@ def choose(problem: Problem, config: Config, images: Load, folder: RunFolder) ->
     name = f"{problem.name}, choosing"
     every = -(-setting.choosing_rounds // MOST_CHOOSING_MEASURES)
     arm, study = _study(problem, config, federations, name, setting.choosing_rounds, every, len(labels))
-    rows = training.fit(study, [arm], labels, runs, variants=variants, folder=folder, resume=config.resume)[name].rows
+    rows = training.fit(study, [arm], labels, runs, variants=variants, folder=folder, resume=config.resume, may_diverge=True)[name].rows
     scores = scores_of(axes, rows, name, after=setting.choosing_rounds // 2)
     choice = rate_grid.choose(axes, scores)
-    return choice.point[RATE], dict(zip(setting.rates, scores.mean(axis=1).tolist(), strict=True)), bool(choice.edges)
+    tried = {}
+    for point, score in zip(rate_grid.points(axes), scores.mean(axis=1), strict=True):
+        reached = crossings(rows, f"{name}{rate_grid.suffix(point)}", setting.target, "validation")
+        tried[point[RATE]] = Tried(float(score), float(reached.mean()))
+    return choice.point[RATE], tried, bool(choice.edges)
 
 
 def scores_of(axes: rate_grid.Axes, rows: pd.DataFrame, arm: str, after: int) -> np.ndarray:
-    """float64[G, S]: the mean over the rounds after round `after` of the best validation accuracy so far."""
+    """float64[G, S]: the mean over the rounds after round `after` of the best validation accuracy so far; NaN where a run diverged."""
     kept = select(rows, "accuracy", "validation", "all").sort_values("round")
-    best = kept.assign(value=kept.groupby(["arm", "seed"])["value"].transform(running_best))
+    best = rows.assign(value=kept.groupby(["arm", "seed"])["value"].transform(running_best).combine_first(rows["value"]))
     return rate_grid.validation_scores(axes, best, arm, "accuracy", after=after)
 
 
@@ -106,9 +110,9 @@ def run(config: Config, images: Load = IMAGES["mnist"]) -> None:
     with cli.run_folder(config, "fedavg_mnist") as folder:
         outcomes = []
         for problem in problems(config):
-            rate, scores, edge = choose(problem, config, images, folder)
+            rate, tried, edge = choose(problem, config, images, folder)
             rows = measure(problem, rate, config, images, folder)
-            outcomes.append(Outcome(problem, problem.setting(config), rate, scores, edge, rows))
+            outcomes.append(Outcome(problem, problem.setting(config), rate, tried, edge, rows))
         verdicts = judge("fedavg_mnist", claims(config), measured(config, outcomes))
         folder.write_claims(verdicts)
         fedavg_mnist_report.conclude(folder, outcomes, verdicts)

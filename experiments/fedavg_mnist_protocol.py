@@ -60,9 +60,9 @@ class Config(cli.Common):
     """images in a mini-batch"""
     cohort: int = 10
     """clients in a round"""
-    two_nn_iid: Setting = Setting(0.97, 1, (0.0464, 0.1, 0.2154, 0.4642), 80, 160, 4, 40)
+    two_nn_iid: Setting = Setting(0.97, 1, (0.0464, 0.1, 0.2154, 0.4642), 120, 160, 4, 40)
     """the 2NN, images dealt by chance"""
-    two_nn_shards: Setting = Setting(0.97, 1, (0.0215, 0.0464, 0.1, 0.2154), 250, 1250, 4, 250)
+    two_nn_shards: Setting = Setting(0.97, 1, (0.0464, 0.1, 0.2154, 0.4642), 250, 1250, 4, 250)
     """the 2NN, two shards of the images sorted by digit at each client"""
     cnn_iid: Setting = Setting(0.99, 5, (0.0464, 0.1, 0.2154, 0.4642), 4, 32, 3, 4)
     """the CNN, images dealt by chance"""
@@ -156,14 +156,22 @@ def at_least(problem: Problem, target: float) -> str:
     return f"{problem.name}: rounds to {100 * target:g} %, not fewer either"
 
 
+class Tried(NamedTuple):
+    """A learning rate of a grid. score: what the choice is by, NaN where a run diverged. rounds: to the target on validation images,
+    NaN where it was not reached in the rounds of the choice; means over the choosing seeds."""
+
+    score: float
+    rounds: float
+
+
 class Outcome(NamedTuple):
-    """What came of a problem. rows: the metrics of the runs that are measured. rate: theirs. scores: learning rate -> what it was chosen
-    by, {} where there was no choice. edge: whether the chosen one is the least or the largest of several."""
+    """What came of a problem. rows: the metrics of the runs that are measured. rate: theirs. tried: by learning rate, {} where there was
+    no choice. edge: whether the chosen one is the least or the largest of several."""
 
     problem: Problem
     setting: Setting
     rate: float
-    scores: dict[float, float]
+    tried: dict[float, Tried]
     edge: bool
     rows: pd.DataFrame
 
@@ -172,7 +180,7 @@ class Outcome(NamedTuple):
         return crossings(self.rows, self.problem.name, self.setting.target)
 
 
-def crossings(rows: pd.DataFrame, arm: str, target: float) -> np.ndarray:
-    """float64[S]: the rounds to a target of test accuracy, seeds ascending."""
-    kept = select(rows, "accuracy", "test", "all", [arm]).sort_values("round")
+def crossings(rows: pd.DataFrame, arm: str, target: float, split: str = "test") -> np.ndarray:
+    """float64[S]: the rounds to a target of accuracy on all images of a split, seeds ascending."""
+    kept = select(rows, "accuracy", split, "all", [arm]).sort_values("round")
     return np.array([rounds_to_target(one["round"], one["value"], target) for _, one in kept.groupby("seed")])

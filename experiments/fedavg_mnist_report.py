@@ -38,7 +38,7 @@ _rounds = with_bounds(number(1))
 def conclude(folder: RunFolder, outcomes: Sequence[Outcome], verdicts: Sequence[Verdict]) -> None:
     """Prints tables and their reading; writes summary and figures."""
     console = Console()
-    chosen = [outcome for outcome in outcomes if outcome.scores]
+    chosen = [outcome for outcome in outcomes if outcome.tried]
     for table in (overview(outcomes), *([grid(chosen)] if chosen else [])):
         console.print("", table)
     sentences = [sentence for outcome in outcomes for sentence in reading(outcome)]
@@ -80,11 +80,26 @@ def _interval(outcome: Outcome) -> Interval | Missing:
 
 def grid(outcomes: Sequence[Outcome]) -> Table:
     """One row a learning rate: what the choice was made by."""
-    rates = sorted({rate for outcome in outcomes for rate in outcome.scores})
-    rows: list[dict[str, Any]] = [{"rate": rate} | {outcome.problem.field: outcome.scores.get(rate) for outcome in outcomes} for rate in rates]
-    columns = [Column("rate", "learning rate", "{:.3g}".format),
-               *(Column(outcome.problem.field, outcome.problem.name, number(4)) for outcome in outcomes)]
-    return comparison_table(rows, columns, "Choice of the learning rate: the best validation accuracy so far, mean over the last half of the rounds")
+    rates = sorted({rate for outcome in outcomes for rate in outcome.tried})
+    rows: list[dict[str, Any]] = [{"rate": rate} for rate in rates]
+    columns = [Column("rate", "learning rate", "{:.3g}".format)]
+    for outcome in outcomes:
+        name, target = outcome.problem.name, f"{100 * outcome.setting.target:g} %"
+        columns += [Column(name, name, number(4)), Column(f"{name}, rounds", f"rounds to {target}", number(1))]
+        for row in rows:
+            row[name], row[f"{name}, rounds"] = _tried(outcome, row["rate"])
+    title = (
+        "Choice of the learning rate, on validation images: mean over the last half of the rounds of the best accuracy so far; and for "
+        "comparison the rounds to the target")
+    return comparison_table(rows, columns, title)
+
+
+def _tried(outcome: Outcome, rate: float) -> tuple[float | Missing, float | Missing]:
+    if rate not in outcome.tried:
+        return Missing("not in its grid"), Missing("not in its grid")
+    score, rounds = outcome.tried[rate]
+    return (Missing("diverged: in some round every update was not finite") if np.isnan(score) else score,
+            Missing("not reached in the rounds of the choice") if np.isnan(rounds) else rounds)
 
 
 def reading(outcome: Outcome) -> list[str]:
@@ -131,7 +146,8 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "target": outcome.setting.target, "published_rounds": outcome.problem.rounds, "published_target": outcome.problem.target,
         "source": outcome.problem.source, "rounds": rounds, "rounds_trained": int(outcome.rows["round"].max()),
         "best_accuracy": best_accuracy(outcome).tolist(), "learning_rate": outcome.rate, "at_edge_of_grid": outcome.edge,
-        "validation_scores": {f"{rate:g}": score for rate, score in outcome.scores.items()},
+        "grid": {f"{rate:g}": {name: None if np.isnan(value) else value for name, value in tried._asdict().items()}
+                 for rate, tried in outcome.tried.items()},
         "megabytes_of_a_round": megabytes_of_round(outcome),
     }
 

@@ -191,7 +191,9 @@ def test_the_rate_is_chosen_by_validation_images(study):
     summary = json.loads((run.path / "summary.json").read_text())["problems"]["2NN, IID"]
     pooled = rows[(rows["split"] == "validation") & (rows["site"] == "all")]
     best = {float(arm.split()[-1]): np.maximum.accumulate(one.sort_values("round")["value"])[2:].mean() for arm, one in pooled.groupby("arm")}
-    assert {float(rate): score for rate, score in summary["validation_scores"].items()} == pytest.approx(best)
+    assert {float(rate): tried["score"] for rate, tried in summary["grid"].items()} == pytest.approx(best)
+    middle = pooled[pooled["arm"].str.endswith("0.05")].sort_values("round")
+    assert summary["grid"]["0.05"]["rounds"] == pytest.approx(rounds_to_target(middle["round"], middle["value"], 0.75))
     assert summary["learning_rate"] == max(best, key=best.__getitem__)
     assert summary["at_edge_of_grid"] is (summary["learning_rate"] != 0.05)
     assert summary["megabytes_of_a_round"] == pytest.approx(2 * 4 * 4 * (SIDE * SIDE + 1) * CLASSES / 1e6)  # clients x float32
