@@ -97,6 +97,18 @@ def quantile(
     return Clipping(lambda: within(jnp.float32(initial)), lambda bound: bound, update, multiplier)
 
 
+def clip(bound: Array, tree: PyTree) -> tuple[PyTree, Array]:
+    """The tree in float32, scaled down where its L2 norm is above the bound, and that norm; zeros where the norm is not finite.
+
+    So the result has a norm of at most the bound (by float32) whatever the tree holds: NaN, infinities, or numbers whose squares overflow.
+    """
+    tree = optax.tree.cast(tree, jnp.float32)  # a norm of few bits would let more than the bound through
+    norm = optax.tree.norm(tree)
+    scale = jnp.minimum(1.0, bound / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+    # a norm that overflows makes the scale 0, and 0 * inf would be NaN
+    return jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(norm), leaf * scale, 0), tree), norm
+
+
 def _positive(name: str, value: float | Array) -> None:
     if isinstance(value, Real) and not 0 < value < math.inf:
         raise FlJaxError(f"{name} must be above 0 and finite, and is {value}.")

@@ -105,7 +105,7 @@ def federate(
         size = trees.num_bytes(state.shared)  # a message has the structure of what is shared
         return size, size
 
-    return FederatedAlgorithm(init, round, model, payload, aggregator.event, client.event)
+    return FederatedAlgorithm(init, round, model, payload, aggregator.event, client.event, aggregator.period)
 
 
 def device_mesh(axis: str, num_devices: int | None = None) -> Mesh | None:

@@ -5,10 +5,12 @@ A policy is decided by the class of the module, never by its name: searching nam
 
 from typing import NamedTuple
 
+import jax
 from flax import linen, nnx
 
 from fl_jax.clients import nothing_local
-from fl_jax.types import IsLocal
+from fl_jax.errors import FlJaxError
+from fl_jax.types import IsLocal, PyTree, Variables
 
 BATCH_NORMS = (linen.BatchNorm, nnx.BatchNorm)
 
@@ -36,3 +38,11 @@ LOCAL_STATISTICS = NormPolicy("BatchNorm statistics local", _statistics)
 exchanges only trained parameters."""
 LOCAL = NormPolicy("BatchNorm local", _layers)
 """The whole layer stays at the site: FedBN (Li et al. 2021)."""
+
+
+def refuse_statistics(shared: PyTree) -> None:
+    """Raises FlJaxError where statistics of BatchNorm are among what is shared, for messages that get noise."""
+    for node in jax.tree.leaves(shared, is_leaf=lambda node: isinstance(node, Variables)):
+        if isinstance(node, Variables) and jax.tree.leaves(node.stats):
+            raise FlJaxError("BatchNorm statistics cannot be sent with noise, which would turn a variance negative: "
+                             "keep them at the sites (norms.LOCAL or norms.LOCAL_STATISTICS), or use GroupNorm.")

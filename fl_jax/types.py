@@ -184,6 +184,19 @@ class Client(NamedTuple):
     event: Callable[[int], dp_accounting.DpEvent] = not_private
 
 
+class Uplink(NamedTuple):
+    """What happens to a message before it leaves its site (fl_jax.uplink), written for ONE site.
+
+    init:  (shared) -> state that the site keeps between rounds
+    apply: (key, state, message) -> (message, state, metrics); both messages are like `shared`
+    event: the DpEvent of one message, for whoever sees it and whatever else the site could have sent
+    """
+
+    init: Callable[[PyTree], PyTree]
+    apply: Callable[[Key, PyTree, PyTree], tuple[PyTree, PyTree, Metrics]]
+    event: dp_accounting.DpEvent = dp_accounting.NonPrivateDpEvent()
+
+
 class Aggregator(NamedTuple):
     """How messages become one pseudo-gradient.
 
@@ -196,6 +209,8 @@ class Aggregator(NamedTuple):
              stacked on a leading axis of the cohort's length (zeros where nobody took part), for medians and the like.
     acts_when_empty: whether the server steps in a round without participants. A private aggregator must (that nobody came is
              private too); the others must not (an empty round is not a zero gradient).
+    period:  how many rounds the event pays for: T rounds cost ceil(T / period) of it. Above 1 the event is one of
+             fl_jax.mechanism, which is worth something only under a sampler that keeps a client's participations so far apart
     """
 
     init: Callable[[PyTree, int], PyTree]
@@ -204,6 +219,7 @@ class Aggregator(NamedTuple):
     event: dp_accounting.DpEvent = dp_accounting.NonPrivateDpEvent()
     stacked: bool = False
     acts_when_empty: bool = False
+    period: int = 1
 
 
 class Cohort(NamedTuple):
@@ -255,6 +271,7 @@ class FederatedAlgorithm(NamedTuple):
     payload: (State) -> (down, up), bytes that one client receives and sends in a round; Python ints
     client_event: the client-level DpEvent of one round, before client sampling is accounted
     record_event: (num_records) -> the record-level DpEvent of one round at a site
+    client_period: how many rounds client_event pays for: T rounds cost ceil(T / client_period) of it
     """
 
     init: Callable[[Variables, int], State]
@@ -263,6 +280,7 @@ class FederatedAlgorithm(NamedTuple):
     payload: Callable[[State], tuple[int, int]]
     client_event: dp_accounting.DpEvent
     record_event: Callable[[int], dp_accounting.DpEvent]
+    client_period: int = 1
 
 
 class Sampling(NamedTuple):
