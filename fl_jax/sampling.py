@@ -1,11 +1,13 @@
 """Who takes part in a round. Each sampler owns the amplification that it earns; wrappers make drop-outs and stragglers of its cohort."""
 
 from collections.abc import Callable
+from functools import partial
 
 import dp_accounting
 import jax
 import jax.numpy as jnp
 
+from fl_jax import mechanism
 from fl_jax.errors import FlJaxError
 from fl_jax.types import Array, Batches, Cohort, Key, Sampling, Sites, no_amplification
 
@@ -44,15 +46,42 @@ def fixed_size(cohort_size: int, num_clients: int, weights: Weights = by_records
 
     def draw(key: Key, t: Array, sites: Sites) -> Cohort:
         del t
-        if sites.size.shape[0] != num_clients:
-            raise FlJaxError(f"the sampler was made for {num_clients} clients, and the data has {sites.size.shape[0]} sites.")
+        _check_clients(sites, num_clients)
         ids = jax.random.permutation(key, num_clients)[:cohort_size].astype(jnp.int32)
         return _cohort(ids, sites, weights)
 
     def amplify(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
+        if mechanism.shows_cohort(event):
+            return event
         return dp_accounting.SampledWithoutReplacementDpEvent(num_clients, cohort_size, event)
 
     return Sampling(draw, amplify)
+
+
+def separated(cohort_size: int, num_clients: int, separation: int, weights: Weights = by_records) -> Sampling:
+    """Any two participations of a client are at least `separation` rounds apart, whatever the keys: what DP-FTRL needs.
+
+    Clients are dealt to `separation` groups by their ids, as cards are dealt, and in round t it is group t mod separation's turn: all of
+    it, or `cohort_size` of it drawn uniformly at random (Choquette-Choo et al. 2023, "(Amplified) banded matrix factorization", Algorithm
+    2, with cohorts of a fixed size and without the amplification that its coins would earn). Where the groups are not of one size, clients
+    of the smaller ones take part a little more often. Drop-outs take part less often, and keep the promise.
+
+    Amplification: none; it is here that DP-FTRL's event is known (fl_jax.mechanism). A mechanism that pays in every round pays in every
+    round here as well: aggregators.private_ftrl with banded(rounds, separation, bands=1) is the private mean that pays once in
+    `separation` rounds. Raises FlJaxError where separation * cohort_size > num_clients.
+    """
+    if cohort_size < 1 or separation < 1 or separation * cohort_size > num_clients:
+        raise FlJaxError(
+            f"of {num_clients} clients, cohorts of {cohort_size} cannot be kept {separation} rounds apart: cohort size and separation must be 1 "
+            f"or more, and their product {num_clients} at most.")
+
+    def draw(key: Key, t: Array, sites: Sites) -> Cohort:
+        _check_clients(sites, num_clients)
+        ids = t % separation + separation * jnp.arange(-(-num_clients // separation), dtype=jnp.int32)
+        order = jnp.argsort(jnp.where(ids < num_clients, jax.random.uniform(key, ids.shape), 2.0))
+        return _cohort(ids[order[:cohort_size]], sites, weights)
+
+    return Sampling(draw, partial(mechanism.kept_apart, separation=separation))
 
 
 def with_dropouts(sampling: Sampling, rate: float | Array) -> Sampling:
@@ -91,6 +120,11 @@ def with_stragglers(sampling: Sampling, rate: float, batches: Batches, num_epoch
         return cohort._replace(steps=jnp.where(slow, jnp.maximum(full * done // num_epochs, 1), cohort.steps))
 
     return Sampling(draw, sampling.amplify)
+
+
+def _check_clients(sites: Sites, num_clients: int) -> None:
+    if sites.size.shape[0] != num_clients:
+        raise FlJaxError(f"the sampler was made for {num_clients} clients, and the data has {sites.size.shape[0]} sites.")
 
 
 def _cohort(ids: Array, sites: Sites, weights: Weights) -> Cohort:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIZES
+from conftest import SIZES, sites_of
 from scipy import stats
 
-from fl_jax import batches, sampling
+from fl_jax import batches, mechanism, sampling
 from fl_jax.errors import FlJaxError
 
 KEY = jax.random.key(3)
@@ -117,3 +117,44 @@ def test_dropped_stragglers_are_those_who_would_have_been_slow(sites):
 def test_a_straggler_needs_two_epochs():
     with pytest.raises(FlJaxError, match="2 or more"):
         sampling.with_stragglers(sampling.everyone(), 0.5, BATCHES, 1)
+
+
+@pytest.mark.parametrize(("size", "separation", "more"), [(1, 1, 0), (1, 6, 0), (3, 4, 0), (2, 5, 3), (4, 2, 1), (1, 3, 5)])
+def test_participations_are_as_far_apart_as_promised_whatever_the_keys(size, separation, more):
+    n, rounds = size * separation + more, 5 * separation + 3
+    sampler, sites = sampling.separated(size, n, separation), sites_of(np.ones(n, int))
+    times = 7 + jnp.arange(rounds)
+    draw = jax.jit(jax.vmap(jax.vmap(lambda key, t: sampler.draw(key, t, sites)), (0, None)))
+    ids = np.asarray(draw(jax.random.split(KEY, (20, rounds)), times).ids)
+    assert ids.shape == (20, rounds, size) and ids.dtype == np.int32 and ids.min() >= 0 and ids.max() < n
+    for run in ids:
+        seen = {}
+        for t, row in enumerate(run):
+            assert len(set(row)) == size
+            for id in row:
+                assert t - seen.get(id, -separation) >= separation
+                seen[id] = t
+        if more == 0:
+            assert len(seen) == n  # then everybody has a turn in every so many rounds
+
+
+def test_of_the_group_whose_turn_it_is_every_set_is_equally_likely(sites):
+    """13 clients in groups of 5, 4 and 4."""
+    keys = jax.random.split(KEY, 6_000)
+    thirteen = sites_of(np.ones(13, int))
+    for t, members in ((0, [0, 3, 6, 9, 12]), (4, [1, 4, 7, 10]), (8, [2, 5, 8, 11])):
+        ids = np.asarray(jax.jit(jax.vmap(lambda key, t=t: sampling.separated(2, 13, 3).draw(key, t, thirteen)))(keys).ids)
+        pairs = [tuple(sorted(row)) for row in ids.tolist()]
+        possible = list(combinations(members, 2))
+        assert set(pairs) == set(possible) and stats.chisquare([pairs.count(pair) for pair in possible]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("size", "separation"), [(3, 3), (7, 1), (0, 1), (1, 0)])
+def test_a_distance_that_there_are_not_clients_enough_for_is_refused(size, separation):
+    with pytest.raises(FlJaxError, match="of 6 clients"):
+        sampling.separated(size, N, separation)
+
+
+def test_an_event_for_observers_who_see_the_cohort_is_not_amplified():
+    event = mechanism.replacing(EVENT)
+    assert sampling.fixed_size(3, 50).amplify(event) == event == sampling.everyone().amplify(event)
