@@ -1,4 +1,5 @@
-"""What a site does in a round: local training, and the one full gradient of FedSGD. Each is written for one site."""
+"""What a site does in a round: local training, the one full gradient of FedSGD, and what is done to a message before it leaves. Each is
+written for one site."""
 
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import optax
 
 from fl_jax import trees
 from fl_jax.errors import FlJaxError
-from fl_jax.types import Array, Batch, Batches, Client, Gradient, IsLocal, Key, Metrics, Model, PyTree, Site, Variables
+from fl_jax.types import Array, Batch, Batches, Client, Gradient, IsLocal, Key, Metrics, Model, PyTree, Site, Uplink, Variables
 
 
 def nothing_local(path: tuple[str, ...], module: type) -> bool:
@@ -118,6 +119,43 @@ def full_gradient(gradient: Gradient, batches: Batches) -> Client:
         return message, kept, _training_metrics(carry.sums, carry.records)
 
     return Client(lambda variables: (variables, ()), begin, step, end, lambda shared, kept: shared, batches)
+
+
+class Sending(NamedTuple):
+    """What a client with an uplink keeps between rounds, or carries within one. client: its own. uplink: the state, or this round's key."""
+
+    client: PyTree
+    uplink: PyTree
+
+
+def uplink(client: Client, transform: Uplink) -> Client:
+    """`client`, whose messages go through `transform` before they leave the site (fl_jax.uplink); its metrics beside the client's own.
+
+    Event: the client's own where it is private, since what is done to its message afterwards costs nothing more; else the transform's,
+    which holds for all records of the site together, and so for one. In the ledger of records, the unit is then the whole site.
+    """
+
+    def init(variables: Variables) -> tuple[PyTree, Sending]:
+        shared, kept = client.init(variables)
+        return shared, Sending(kept, transform.init(shared))
+
+    def begin(key: Key, shared: PyTree, kept: Sending, site: Site) -> Sending:
+        own, later = jax.random.split(key)
+        return Sending(client.begin(own, shared, kept.client, site), later)
+
+    def step(key: Key, carry: Sending, shared: PyTree, batch: Batch) -> Sending:
+        return carry._replace(client=client.step(key, carry.client, shared, batch))
+
+    def end(carry: Sending, shared: PyTree, kept: Sending) -> tuple[PyTree, Sending, Metrics]:
+        message, own, metrics = client.end(carry.client, shared, kept.client)
+        message, state, more = transform.apply(carry.uplink, kept.uplink, message)
+        return message, Sending(own, state), metrics | more
+
+    def event(num_records: int) -> dp_accounting.DpEvent:
+        own = client.event(num_records)
+        return transform.event if own == dp_accounting.NonPrivateDpEvent() else own
+
+    return Client(init, begin, step, end, lambda shared, kept: client.model(shared, kept.client), client.batches, event)
 
 
 def _no_metrics(gradient: Gradient) -> Metrics:

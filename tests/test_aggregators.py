@@ -220,20 +220,6 @@ def test_an_adaptive_bound_and_the_sum_cost_one_gaussian_together():
         aggregators.private_mean(clipping.quantile(0.5, 0.5), 1.0, cohort)
 
 
-def test_the_bounds_noise_is_not_that_of_the_sum():
-    shared = {"a": jnp.zeros(1)}
-    adaptive = aggregators.private_mean(clipping.quantile(1.0, 50.0), 1.0, 100)
-
-    @jax.jit
-    @jax.vmap
-    def draw(key):
-        noise, bound, _ = adaptive.combine(key, jnp.float32(1), Summand(shared, jnp.float32(0), jnp.float32(0)))
-        return noise["a"][0], jnp.log(bound)
-
-    noise, moved = draw(jax.random.split(KEY, 10_000))
-    assert abs(np.corrcoef(noise, moved)[0, 1]) < 0.04
-
-
 def test_a_scheduled_bound_is_that_of_its_round():
     scheduled = aggregators.private_mean(clipping.scheduled(lambda step: 2.0 - 0.5 * step), 0.0, 1)
     metrics = adaptive_rounds(scheduled, [1.2], 3)

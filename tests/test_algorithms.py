@@ -11,7 +11,7 @@ import pytest
 from conftest import SIZES
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fl_jax import aggregators, algorithms, batches, clients, core, gradients, sampling
+from fl_jax import aggregators, algorithms, batches, clients, clipping, core, gradients, norms, sampling, uplink
 from fl_jax.core import Engine
 from fl_jax.types import Cohort, FederatedAlgorithm, Model, State
 
@@ -35,6 +35,12 @@ ALGORITHMS: dict[str, Callable[[Model, Engine], FederatedAlgorithm]] = {
     "centralized": lambda model, engine: algorithms.centralized(model, SGD, BATCHES, engine=engine),
     "private fedbn": lambda model, engine: algorithms.fedbn(
         model, SGD, BATCHES, aggregator=aggregators.private_mean(0.1, 1.0, 4), engine=engine),
+    "adaptive private fedbn": lambda model, engine: algorithms.fedbn(
+        model, SGD, BATCHES, aggregator=aggregators.private_mean(clipping.quantile(0.1, 1.0), 1.0, 4), engine=engine),
+    "ftrl fedbn": lambda model, engine: algorithms.fedbn(
+        model, SGD, BATCHES, aggregator=aggregators.private_ftrl(0.1, 1.0, 4, aggregators.tree(2)), engine=engine),
+    "locally private fedprox": lambda model, engine: algorithms.fedprox(
+        model, SGD, BATCHES, 0.5, uplink=uplink.local_dp(0.1, 1.0), norms=norms.LOCAL_STATISTICS, engine=engine),
     "median": lambda model, engine: algorithms.fedavg(model, SGD, BATCHES, aggregator=aggregators.median(), engine=engine),
 }
 
@@ -179,7 +185,12 @@ def averaged(plain_model, sites):
     lambda model: algorithms.fedbn(model, SGD, BATCHES),
     lambda model: algorithms.fedavg(model, SGD, BATCHES, server=optax.sgd(1.0)),
     lambda model: algorithms.fedavg(model, SGD, BATCHES, aggregator=aggregators.private_mean(1e9, 0.0, 4)),
-], ids=["FedProx(0)", "FedAvgM(0)", "FedBN without norms", "FedOpt(sgd 1)", "DP(noise 0, clip huge)"])
+    lambda model: algorithms.fedavg(model, SGD, BATCHES, aggregator=aggregators.private_mean(clipping.quantile(1e9, 1.0), 0.0, 4)),
+    lambda model: algorithms.fedavg(model, SGD, BATCHES, aggregator=aggregators.private_ftrl(1e9, 0.0, 4, aggregators.tree(2))),
+    lambda model: algorithms.fedavg(model, SGD, BATCHES, aggregator=aggregators.distributed_private_mean(1e9, 0.0, 4, 4)),
+    lambda model: algorithms.fedavg(model, SGD, BATCHES, uplink=uplink.local_dp(1e9, 0.0)),
+], ids=["FedProx(0)", "FedAvgM(0)", "FedBN without norms", "FedOpt(sgd 1)", "DP(noise 0, clip huge)", "adaptive DP(noise 0, clip huge)",
+        "DP-FTRL(noise 0, clip huge)", "distributed DP(noise 0, clip huge)", "local DP(noise 0, clip huge)"])
 def test_special_cases_are_fedavg(plain_model, sites, averaged, change):
     algorithm = change(plain_model)
     state = two_rounds(jax.jit(algorithm.round), algorithm.init(plain_model.init(KEY), len(SIZES)), cohort_of(IDS, np.ones(4)), sites)

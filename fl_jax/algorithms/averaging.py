@@ -9,7 +9,7 @@ from fl_jax import aggregators, clients, gradients
 from fl_jax.core import ONE_LANE, Engine, federate
 from fl_jax.norms import AVERAGED, NormPolicy
 from fl_jax.transforms import averaging_statistics, proximal, scale_by_server_moments
-from fl_jax.types import Aggregator, Array, Batches, FederatedAlgorithm, Gradient, Model
+from fl_jax.types import Aggregator, Array, Batches, FederatedAlgorithm, Gradient, Model, Uplink
 
 Scalar = float | Array
 
@@ -20,21 +20,25 @@ class Options(TypedDict, total=False):
     aggregator: Aggregator
     norms: NormPolicy
     gradient: Gradient
+    uplink: Uplink
     engine: Engine
 
 
 def fedavg(
     model: Model, optimizer: optax.GradientTransformation, batches: Batches, *, server: optax.GradientTransformation | None = None,
-    aggregator: Aggregator | None = None, norms: NormPolicy = AVERAGED, gradient: Gradient | None = None, engine: Engine = ONE_LANE,
+    aggregator: Aggregator | None = None, norms: NormPolicy = AVERAGED, gradient: Gradient | None = None, uplink: Uplink | None = None,
+    engine: Engine = ONE_LANE,
 ) -> FederatedAlgorithm:
     """FedAvg: sites train locally, the server averages (McMahan et al. 2017, "Communication-efficient learning of deep networks from
     decentralized data", Algorithm 1).
 
     optimizer: the sites' optax optimizer, fresh in each round. batches: e.g. batches.epochs(5, 10). server: an optax optimizer of the
     pseudo-gradient (FedOpt); by default plain averaging. Statistics are averaged whatever the server. aggregator: by default the mean
-    weighted by the cohort's weights. norms: the BatchNorm policy. gradient: the oracle, by default gradients.plain(model).
+    weighted by the cohort's weights. norms: the BatchNorm policy. gradient: the oracle, by default gradients.plain(model). uplink: what
+    happens to messages before they leave their sites, e.g. uplink.local_dp.
     """
     client = clients.local_training(model, gradient or gradients.plain(model), optimizer, batches, is_local=norms.is_local)
+    client = clients.uplink(client, uplink) if uplink is not None else client
     server = averaging_statistics(server) if server is not None else optax.sgd(1.0)
     return federate(client, aggregator or aggregators.mean(), server, engine)
 
