@@ -80,12 +80,15 @@ class Config(cli.Common):
         full = cls()
         return cls(
             two_nn_iid=dataclasses.replace(full.two_nn_iid, rates=(0.2154,), seeds=2),
-            two_nn_shards=dataclasses.replace(full.two_nn_shards, rates=(0.0464,), target=QUICK_TARGET, rounds=80, seeds=2, extend=40),
+            two_nn_shards=dataclasses.replace(full.two_nn_shards, rates=(0.2154,), target=QUICK_TARGET, rounds=80, seeds=2, extend=40),
             cnn_iid=dataclasses.replace(full.cnn_iid, rounds=0))
 
 
 class Problem(NamedTuple):
-    """A network and a partition with what is published of them. field: of Config. rounds: to `target`."""
+    """A network and a partition with what is published of them.
+
+    field: of Config. rounds: to `target`. faster: why the target is reached in less than rounds / FACTOR here, where that is known.
+    """
 
     field: str
     name: str
@@ -94,6 +97,7 @@ class Problem(NamedTuple):
     target: float
     rounds: int
     source: str
+    faster: str = ""
 
     def setting(self, config: Config) -> Setting:
         """What a configuration makes of it."""
@@ -113,7 +117,10 @@ def two_shards(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
 
 PAPER = "arXiv 1602.05629"
 PROBLEMS = (
-    Problem("two_nn_iid", "2NN, IID", models.TwoNN, by_chance, 0.97, 87, f"{PAPER}, table 1"),
+    Problem(
+        "two_nn_iid", "2NN, IID", models.TwoNN, by_chance, 0.97, 87, f"{PAPER}, table 1",
+        "the published number is that of another learning rate than the best of the grid, .2154; the paper does not state its own. At .0464 "
+        "it takes 84 and 92 rounds here; plain NumPy, with nothing of this code, takes 88 at .0464 and 35 at .2154"),
     Problem("two_nn_shards", "2NN, two shards", models.TwoNN, two_shards, 0.97, 664, f"{PAPER}, table 1"),
     Problem("cnn_iid", "CNN, IID", models.FedAvgCNN, by_chance, 0.99, 20, f"{PAPER}, table 2"),
 )
@@ -130,7 +137,7 @@ def problems(config: Config) -> list[Problem]:
 
 
 def claims(config: Config) -> list[Claim]:
-    """For each setting with the published target two, one a side; for the quick form's own target one."""
+    """For each setting with the published target two, one for each side of the factor; for the quick form's own target one."""
     found = []
     for problem in problems(config):
         target, rounds = problem.setting(config).target, problem.rounds
@@ -139,7 +146,8 @@ def claims(config: Config) -> list[Claim]:
                       "flat moves with seed and rate")
             found += [
                 Claim(at_most(problem, target), problem.source, rounds, Direction.AT_MOST, rounds * (FACTOR - 1), reason, digits=1),
-                Claim(at_least(problem, target), problem.source, rounds, Direction.AT_LEAST, rounds * (1 - 1 / FACTOR), reason, digits=1)]
+                Claim(at_least(problem, target), problem.source, rounds, Direction.AT_LEAST, rounds * (1 - 1 / FACTOR), reason, digits=1,
+                      expected=not problem.faster, cause=problem.faster)]
         elif problem.field == "two_nn_shards" and target == QUICK_TARGET:
             found.append(Claim(at_most(problem, target), f"a bar of our own, from {problem.source}", QUICK_ROUNDS, Direction.AT_MOST, 0,
                                QUICK_REASON, quick=True, digits=1))
@@ -148,12 +156,12 @@ def claims(config: Config) -> list[Claim]:
 
 def at_most(problem: Problem, target: float) -> str:
     """The claim that the target is not reached later."""
-    return f"{problem.name}: rounds to {100 * target:g} %"
+    return f"{problem.name}: rounds to {100 * target:g} %, at most"
 
 
 def at_least(problem: Problem, target: float) -> str:
     """The claim that it is not reached earlier."""
-    return f"{problem.name}: rounds to {100 * target:g} %, not fewer either"
+    return f"{problem.name}: rounds to {100 * target:g} %, at least"
 
 
 class Tried(NamedTuple):

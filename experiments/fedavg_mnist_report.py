@@ -1,4 +1,4 @@
-"""What fedavg_mnist says: rounds published and here, how the learning rate was chosen, traffic, a reading, the learning curves."""
+"""What fedavg_mnist says: rounds published and here, the choice of the learning rate, traffic, a reading, and the learning curves."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -121,9 +121,10 @@ def test_pixels_are_scaled_to_the_unit_interval():
 def test_the_full_form_claims_the_published_rounds_within_a_factor_of_one_and_a_half():
     found = {claim.claim: claim for claim in claims(Config())}
     published = {"2NN, IID: rounds to 97 %": 87, "2NN, two shards: rounds to 97 %": 664, "CNN, IID: rounds to 99 %": 20}
-    assert {claim.claim: claim.published for claim in found.values() if claim.direction is Direction.AT_MOST} == published
+    upper_bars = {claim.claim: claim.published for claim in found.values() if claim.direction is Direction.AT_MOST}
+    assert upper_bars == {f"{text}, at most": rounds for text, rounds in published.items()}
     for text, rounds in published.items():
-        upper, lower = found[text], found[f"{text}, not fewer either"]
+        upper, lower = found[f"{text}, at most"], found[f"{text}, at least"]
         assert upper.admits(1.499 * rounds) and not upper.admits(1.501 * rounds)
         assert lower.admits(rounds / 1.499) and not lower.admits(rounds / 1.501)
     assert len(found) == 6 and not any(claim.quick for claim in found.values())
@@ -173,7 +174,7 @@ def test_claims_are_judged_by_the_rounds_of_the_metrics(study):
     iid = tests[tests["arm"] == "2NN, IID"]
     expected = [rounds_to_target(one["round"], one["value"], 0.75) for _, one in iid.groupby("seed")]
     text = at_most(PROBLEMS[0], 0.75)
-    assert text == "2NN, IID: rounds to 75 %" and verdicts[text].measured == pytest.approx(np.mean(expected)) and verdicts[text].seeds == 2
+    assert text == "2NN, IID: rounds to 75 %, at most" and verdicts[text].measured == pytest.approx(np.mean(expected)) and verdicts[text].seeds == 2
     assert verdicts[text].holds and verdicts[at_least(PROBLEMS[0], 0.75)].holds is False  # these images are easier than digits
     np.testing.assert_allclose(crossings(run.metrics, "2NN, IID", 0.75), expected)
     # ended with the block in which the last seed crossed; without a crossing, after all rounds
@@ -228,4 +229,6 @@ def test_the_quick_form_reaches_its_bars(published_data, tmp_path):
     config = dataclasses.replace(Config.quick_defaults(), out=tmp_path / "run")
     fedavg_mnist.run(config, lambda split: data.mnist(split, data_dir=folder))
     verdicts = read_claims(config.out / "claims.json")
-    assert len(verdicts) == 3 and all(verdict.holds for verdict in verdicts), verdicts
+    assert len(verdicts) == 3 and not any(verdict.broken for verdict in verdicts), verdicts
+    at_34 = verdicts[0]  # where plain NumPy crosses too, and a tenth to either side of it
+    assert at_34.measured == pytest.approx(35, rel=0.1), at_34
