@@ -12,8 +12,10 @@ import optax
 import pytest
 from conftest import SIZES
 from jax_privacy.matrix_factorization import sensitivity, toeplitz
+from tqdm import tqdm
 
-from fl_jax import aggregators, algorithms, batches, clipping, mechanism, privacy, sampling
+from fl_jax import aggregators, algorithms, batches, clipping, mechanism, models, privacy, programs, sampling
+from fl_jax.data import FederatedDataset, Records, stack
 from fl_jax.errors import FlJaxError
 from fl_jax.privacy import Accountant, Cost, NeighboringRelation, PrivacyLedger, Unit
 from fl_jax.types import Sampling
@@ -232,6 +234,27 @@ def test_a_federated_run_has_the_trees_noise_in_its_model(plain_model, sites):
     b, _ = tree_matrices(5, 2)
     stated = 2.0 * 0.5 * math.sqrt(2) / 3 * np.sqrt((b**2).sum(1))
     np.testing.assert_allclose(moved.std(axis=(0, 2, 3)), stated, rtol=0.03)
+
+
+def test_a_compiled_study_keeps_clients_apart_over_its_blocks_of_rounds():
+    """Three clients whose turns are three rounds apart, in blocks of 2, 2 and 1 rounds, and two runs."""
+    rng = np.random.default_rng(0)
+
+    def records(*sizes):
+        return Records(rng.normal(size=(sum(sizes), 3)).astype(np.float32), rng.integers(0, 2, sum(sizes)).astype(np.int32), np.cumsum([0, *sizes]))
+
+    data = FederatedDataset("small", records(4, 4, 4), records(1, 1, 1), records(1, 1, 1), records(2), ("a", "b", "c"), ("d",), num_classes=2)
+    model = models.bridge(models.LogisticRegression(2), jnp.zeros((1, 3)), models.softmax_cross_entropy)
+    study = programs.Study(model, stack([data]), data.site_names, data.unseen_names, rounds=5, evaluate_every=2, chunk=4)
+    arm = programs.Arm("FTRL", lambda _: algorithm_of(model, aggregators.tree(3)), lambda sites: sampling.separated(1, 3, 3))
+    runs = programs.seeds_of([0, 1], stacked=False)
+    (program,), _ = programs.compile_arms(study, [arm], runs, tqdm(disable=True))
+    state, ids = program.initial, []
+    for length in (2, 2, 1):
+        state, block = program.blocks[length](runs, study.splits, state)
+        ids.append(np.asarray(block.ids)[..., 0])
+    np.testing.assert_array_equal(np.concatenate(ids, axis=1), [[0, 1, 2, 0, 1]] * 2)
+    np.testing.assert_array_equal(state.aggregator.leaves, [2, 2])
 
 
 def test_strategies_are_built_while_a_program_is_traced():

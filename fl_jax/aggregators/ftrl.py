@@ -21,9 +21,10 @@ def private_ftrl(clip: float | Array, noise_multiplier: float, expected_cohort: 
     which in the paper's terms is the multiplier of a node.
 
     Guarantee: a client whose participations are at least strategy.separation rounds apart pays exactly one Gaussian mechanism of
-    multiplier z for each: in T rounds at most ceil(T / separation) of them. Add-or-remove-one is meant as there: without the client its
-    messages are zero, and everybody else's turns are what they were. No other distance has a guarantee, and no amplification by sampling:
-    `event` is infinite but under sampling.separated (see fl_jax.mechanism). Weights, metrics and statistics as for `private_mean`.
+    multiplier z for each: in T rounds of a run at most ceil(T / separation) of them, and anew in another run. Add-or-remove-one is meant
+    as there: without the client its messages are zero, and everybody else's turns are what they were. No other distance has a guarantee,
+    and no amplification by sampling: `event` is infinite but under sampling.separated (see fl_jax.mechanism). Weights, metrics and
+    statistics as for `private_mean`.
     """
     mechanism.check(clip, noise_multiplier, expected_cohort)
     if isinstance(clip, clipping.Clipping):
