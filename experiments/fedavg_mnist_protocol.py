@@ -121,7 +121,10 @@ PROBLEMS = (
         "two_nn_iid", "2NN, IID", models.TwoNN, by_chance, 0.97, 87, f"{PAPER}, table 1",
         "the published number is that of another learning rate than the best of the grid, .2154; the paper does not state its own. At .0464 "
         "it takes 84 and 92 rounds here; plain NumPy, with nothing of this code, takes 88 at .0464 and 35 at .2154"),
-    Problem("two_nn_shards", "2NN, two shards", models.TwoNN, two_shards, 0.97, 664, f"{PAPER}, table 1"),
+    Problem(
+        "two_nn_shards", "2NN, two shards", models.TwoNN, two_shards, 0.97, 664, f"{PAPER}, table 1",
+        "as for IID clients, the best learning rate of the grid, .2154, is faster than smaller ones: on validation images it crosses after "
+        "184 rounds, and after 250 rounds the best are 96.7 % at .1 and 95.6 % at .0464, the rate that gives the published rounds there"),
     Problem("cnn_iid", "CNN, IID", models.FedAvgCNN, by_chance, 0.99, 20, f"{PAPER}, table 2"),
 )
 

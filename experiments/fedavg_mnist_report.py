@@ -160,7 +160,7 @@ def figure(outcomes: Sequence[Outcome]) -> Figure:
     for axes, outcome in zip(panels, outcomes, strict=True):
         kept = select(outcome.rows, "accuracy", "test", "all", [outcome.problem.name]).sort_values("round")
         for _, one in kept.groupby("seed"):
-            axes.plot(one["round"], one["value"], color=here, alpha=0.25, linewidth=0.6)
+            axes.plot(one["round"], one["value"], color=here, alpha=0.45, linewidth=0.6)
         best = kept.assign(value=kept.groupby("seed")["value"].transform(running_best))
         at, (mean, low, high) = _band(best)
         axes.fill_between(at, low, high, color=here, alpha=0.18, linewidth=0)
@@ -181,10 +181,10 @@ def figure(outcomes: Sequence[Outcome]) -> Figure:
         axes.tick_params(labelsize=8)
     panels[0].set_ylabel("test accuracy", fontsize=9)
     panels[0].plot([], [], color=here, linewidth=1.5, label="best so far, mean of seeds and 95 % interval")
-    panels[0].plot([], [], color=here, alpha=0.4, linewidth=0.6, label="accuracy of a seed")
+    panels[0].plot([], [], color=here, alpha=0.45, linewidth=0.6, label="accuracy of a seed")
     panels[0].plot([], [], "o", color=here, markersize=4, label="target reached, by seed")
     panels[0].plot([], [], "D", color=theirs, markersize=5, label="published")
-    drawing.legend(loc="outside upper center", ncols=4 if len(outcomes) > 1 else 1, frameon=False, fontsize=8)
+    drawing.legend(loc="outside upper center", ncols=(1, 2, 4)[min(len(outcomes), 3) - 1], frameon=False, fontsize=8)
     return drawing
 
 
