@@ -1,4 +1,5 @@
-"""Which records are in which step: epochs without replacement, drawn in O(batch) without a stored permutation.
+"""Which records are in which step: epochs without replacement, drawn in O(batch) without a stored permutation; Poisson samples, which
+are made in fl_jax.poisson, are at hand here too.
 
 An epoch's order is a keyed bijection on [0, n): a Feistel network over Z_a x Z_b with a * b just above n, and cycle walking for what
 falls outside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", method 3; Mitchell et al. 2021, "Bandwidth-optimal random
@@ -17,7 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from fl_jax.errors import FlJaxError
+from fl_jax.poisson import poisson, poisson_epochs
 from fl_jax.types import Array, Batches, Key
+
+__all__ = ["ROUNDS", "Order", "epochs", "order", "poisson", "poisson_epochs", "shuffled", "updates"]
 
 ROUNDS = 18  # twelve are measurably not uniform for n = 5; tests/test_batches.py measures all orders of 5 and of 7
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 from fl_jax import aggregators, algorithms, batches, privacy, sampling
 from fl_jax.errors import FlJaxError
@@ -123,7 +123,8 @@ def test_what_one_site_pays_does_not_add_to_another():
     (dp.PoissonSampledDpEvent(0.05, dp.SampledWithoutReplacementDpEvent(9, 5, dp.GaussianDpEvent(5.0))), ADD, (RDP, PLD)),
     (dp.LaplaceDpEvent(5.0), REPLACE, (RDP, PLD)),  # dp_accounting's RDP gives a number, over a sensitivity that nobody stated
     (dp.ZCDpEvent(0.1), REPLACE, (RDP, PLD)),
-    (dp.TruncatedSubsampledGaussianDpEvent(100, 0.05, 20, 5.0), ADD, (RDP,)),
+    (dp.TruncatedSubsampledGaussianDpEvent(100, 0.05, 8, 5.0), ADD, (RDP,)),
+    (dp.TruncatedSubsampledGaussianDpEvent(100, 0.05, 20, 0.0), ADD, (RDP, PLD)),
 ])
 def test_what_cannot_be_accounted_for_is_infinite(event, relation, accountants):
     for accountant in accountants:
@@ -297,3 +298,76 @@ def test_a_traced_noise_is_refused_and_a_foreign_event_too():
     for event in (Cheap(1.0), dp.SelfComposedDpEvent(Cheap(1.0), 2)):
         with pytest.raises(FlJaxError, match="Cheap is none"):
             Cost(event, Unit.CLIENT)
+
+
+def truncated(n, rate, capacity, noise=1.1) -> dp.DpEvent:
+    return dp.TruncatedSubsampledGaussianDpEvent(n, rate, capacity, noise)
+
+
+def test_samples_that_are_seldom_cut_cost_what_samples_that_never_are_do_at_a_smaller_delta():
+    n, rate, noise, steps = 60_000, 256 / 60_000, 1.1, 14_062
+    poisson = ledger_of(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise)), steps)
+    assert poisson.epsilon(DELTA) == pytest.approx(2.5965559, rel=1e-7) and poisson.epsilon(DELTA, PLD) == pytest.approx(2.38169, rel=1e-5)
+    for capacity in (360, 377):
+        cut = steps * binom.sf(capacity - 1, n, rate)
+        assert 0 < cut < DELTA
+        ledger = ledger_of(dp.SelfComposedDpEvent(truncated(n, rate, capacity), 2), steps // 2)
+        for accountant in (RDP, PLD):
+            if accountant is RDP or cut < 0.05 * DELTA:
+                assert ledger.epsilon(DELTA, accountant) == pytest.approx(poisson.epsilon(DELTA - cut, accountant), rel=1e-9)
+    work = batches.poisson(rate, 2, n)
+    whole = ledger_of(work.account(dp.GaussianDpEvent(noise), n), steps // 2)
+    assert whole.epsilon(DELTA) == pytest.approx(2.5965559, rel=1e-6) and whole.epsilon(DELTA, PLD) == pytest.approx(2.38169, rel=1e-3)
+    assert ledger_of(truncated(n, rate, 330), steps).epsilon(DELTA) == math.inf  # cut too often for RDP to say anything
+
+
+@pytest.mark.parametrize("n, rate, capacity, noise", [(6, 0.5, 5, 0.6), (20, 0.2, 9, 0.7)])
+def test_delta_of_samples_that_are_seldom_cut_bounds_the_mechanism_that_runs(n, rate, capacity, noise):
+    """Against the hockey-stick divergence of one step's sum, integrated. The other records add 1 each, so that where the sample is cut, the
+    one in question pushes another out: it then moves the sum by 2, for which plain sampling has no provision."""
+    grid = np.linspace(-6, n + 6, 6_001)
+    epsilon, plain_delta = 1.0, pld_delta(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise)), 1.0)
+    bound = binom.sf(capacity - 1, n, rate)
+
+    def outputs(others):
+        return norm.pdf(grid, others, noise)
+
+    without = sum(binom.pmf(k, n, rate) * outputs(min(k, capacity)) for k in range(n + 1))
+    with_it = (1 - rate) * without
+    for k in range(n + 1):
+        stays = min(1.0, capacity / (k + 1))  # of a uniformly random subset
+        with_it += binom.pmf(k, n, rate) * rate * (stays * outputs(min(k, capacity - 1) - 1) + (1 - stays) * outputs(capacity))
+    exact = [np.sum(np.maximum(p - np.exp(epsilon) * q, 0)) * (grid[1] - grid[0]) for p, q in ((with_it, without), (without, with_it))]
+    assert max(exact) <= plain_delta + bound
+    # and what the ledger says of many steps is what plain sampling says at a delta that is smaller by this bound
+    event, plain = truncated(n, rate, capacity, noise), dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise))
+    assert ledger_of(event, 3).epsilon(3 * bound + 0.02) == pytest.approx(ledger_of(plain, 3).epsilon(0.02), rel=1e-9)
+
+
+def pld_delta(event, epsilon):
+    return dp.pld.PLDAccountant(ADD).compose(event).get_delta(epsilon)
+
+
+def test_samples_that_are_often_cut_are_accounted_by_privacy_losses_for_both_numbers_of_records():
+    event = truncated(50, 0.2, 11, 6.0)
+    by_dp_accounting = [dp.pld.PLDAccountant(ADD).compose(truncated(n, 0.2, 11, 6.0), 4).get_epsilon(DELTA) for n in (50, 51)]
+    found = ledger_of(event, 4).epsilon(DELTA, PLD)
+    assert found == pytest.approx(max(by_dp_accounting), rel=1e-6) and ledger_of(event, 4).epsilon(DELTA) == math.inf
+    assert found > ledger_of(dp.PoissonSampledDpEvent(0.2, dp.GaussianDpEvent(6.0)), 4).epsilon(DELTA, PLD)
+    full = truncated(10, 1.0, 5, 9.0)  # with fewer records each is kept more often, so that n counts and not n + 1
+    assert ledger_of(full, 4).epsilon(DELTA, PLD) == pytest.approx(
+        dp.pld.PLDAccountant(ADD).compose(full, 4).get_epsilon(DELTA), rel=1e-6)
+
+
+def test_one_distribution_of_privacy_losses_serves_all_numbers_of_rounds():
+    first, second = dp.PoissonSampledDpEvent(0.02, dp.GaussianDpEvent(1.2)), dp.GaussianDpEvent(9.0)
+    for rounds in (1, 40):
+        whole = dp.pld.PLDAccountant(ADD).compose(first, rounds).compose(second, 3).get_epsilon(DELTA)
+        ledger = ledger_of(first, rounds).spend(Cost(second, Unit.CLIENT), 3)
+        assert ledger.epsilon(DELTA, PLD) == pytest.approx(whole, rel=1e-6)
+
+
+def test_all_records_without_replacement_is_no_sampling_when_one_is_replaced():
+    whole = dp.SampledWithoutReplacementDpEvent(7, 7, dp.GaussianDpEvent(6.0))
+    assert ledger_of(whole, 5, REPLACE).epsilon(DELTA, PLD) == ledger_of(dp.GaussianDpEvent(6.0), 5, REPLACE).epsilon(DELTA, PLD)
+    assert ledger_of(whole, 5, ADD).epsilon(DELTA, PLD) == math.inf

@@ -8,14 +8,19 @@ the latter are restated here, and only here.
 
 import enum
 import functools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import dp_accounting
 import numpy as np
 from dp_accounting import NeighboringRelation, pld, rdp
+from dp_accounting.pld import privacy_loss_distribution
+from scipy import stats
 
 from fl_jax.errors import FlJaxError
+from fl_jax.privacy.events import parts, precision
 
 Spent = Sequence[tuple[dp_accounting.DpEvent, int]]
 """Events of one round, each as events.checked returns it, and in how many rounds they occurred."""
@@ -24,6 +29,7 @@ _UNKNOWN = (dp_accounting.UnsupportedEventError, ArithmeticError, ValueError)
 _TINY = 1e-6  # a Gaussian with less noise than this, in sensitivities, promises nothing
 _PLD_INTERVAL = 1e-4  # dp_accounting's default, good to three digits for an epsilon up to this ...
 _PLD_INTERVAL_EPSILON = 10.0  # ... and in proportion above it, or the memory of a useless guarantee has no bound
+_RARE = 0.05  # the share of delta up to which the chance that a sample is cut is simply taken out of it
 
 
 class Accountant(enum.StrEnum):
@@ -47,21 +53,77 @@ def sensitivity(relation: NeighboringRelation) -> int:
 def epsilon(spent: Spent, relation: NeighboringRelation, delta: float, accountant: Accountant = Accountant.RDP) -> float:
     """Epsilon at delta of all events together, each as many times as it was spent.
 
-    By RDP one round's vector of divergences is computed once per process and scaled: .1 ms from then on. By PLD .1 to 1 s. Infinity where
-    an event is not private or this accountant cannot account for it under this relation. Raises FlJaxError for a delta outside (0, 1).
+    By RDP one round's vector of divergences is computed once per process and scaled: .1 ms from then on. By PLD .2 s, and .05 s for
+    another number of rounds. Infinity where an event is not private or this accountant cannot account for it under this relation.
+    Raises FlJaxError for a delta outside (0, 1).
+
+    Poisson samples that are cut to a capacity c (TruncatedSubsampledGaussianDpEvent of n records) cost what plain Poisson samples cost,
+    at delta - p, where p bounds the probability that the coins of the other records of a step, of which neighbours have at most n, come
+    up c times or more in any step: p <= steps * P[Binomial(n, rate) >= c]. Proof: call that event F. It is about the others' coins alone, so
+    it has one probability on both neighbours, and outside of it neither sample is cut. Given any coins of the others outside of F, all
+    steps together are (epsilon, delta_Poisson(epsilon)) indistinguishable, since the bounds for Poisson samples (RDP: Mironov et al. 2019,
+    Theorem 4; PLD: Zhu et al. 2022, Theorem 11) hold for each outcome of these coins and are then averaged. So
+    P[M(D) in S] <= e^epsilon P[M(D') in S] + delta_Poisson(epsilon) + p. Where p takes more than a twentieth of delta, PLD uses
+    dp_accounting's own analysis of that event, which needs the kept records to be a uniformly random subset of the sample (arXiv
+    2508.15089), for n and for n + 1 records; RDP has none, and infinity where p >= delta.
     """
     if not 0 < delta < 1:
         raise FlJaxError(f"delta must lie between 0 and 1, and is {delta}: choose it well below 1 / (number of units).")
     by = _epsilon_by_rdp if Accountant(accountant) is Accountant.RDP else _epsilon_by_pld
-    return by([(event, count) for event, count in spent if count > 0], relation, delta)
+    flat = _added(part for event, count in spent if count > 0 for part in _parts(event, count, relation))
+    cut = sum(count * _cut(event) for event, count in flat)
+    if by is _epsilon_by_pld and cut > _RARE * delta:
+        return max(by([(_resized(event, more), count) for event, count in flat], relation, delta) for more in (0, 1))
+    return by(_added((_uncut(event), count) for event, count in flat), relation, delta - cut) if cut < delta else math.inf
+
+
+def _parts(event: dp_accounting.DpEvent, count: int, relation: NeighboringRelation) -> Iterable[tuple[dp_accounting.DpEvent, int]]:
+    """What an event is composed of; all records drawn without replacement, under the relation that this needs, are no sampling."""
+    for part, times in parts(event, count):
+        whole = isinstance(part, dp_accounting.SampledWithoutReplacementDpEvent) and part.sample_size == part.source_dataset_size
+        if whole and relation is NeighboringRelation.REPLACE_ONE:
+            yield from _parts(part.event, times, relation)
+        else:
+            yield part, times
+
+
+def _added(spent: Iterable[tuple[dp_accounting.DpEvent, int]]) -> list[tuple[dp_accounting.DpEvent, int]]:
+    """Each event once, with its counts added up."""
+    total: dict[dp_accounting.DpEvent, int] = {}
+    for event, count in spent:
+        total[event] = total.get(event, 0) + count
+    return list(total.items())
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(event: dp_accounting.DpEvent) -> float:
+    """A bound on the probability that a step's sample is cut, whatever the coin of the one record in question; see `epsilon`."""
+    if not isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent):
+        return 0.0
+    return float(stats.binom.sf(event.truncated_batch_size - 1, event.dataset_size, event.sampling_probability))
+
+
+def _uncut(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
+    """A truncated event as if it had no capacity."""
+    if not isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent):
+        return event
+    return dp_accounting.PoissonSampledDpEvent(event.sampling_probability, dp_accounting.GaussianDpEvent(event.noise_multiplier))
+
+
+def _resized(event: dp_accounting.DpEvent, more: int) -> dp_accounting.DpEvent:
+    """A truncated event of so many more records."""
+    if not isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent):
+        return event
+    return dp_accounting.TruncatedSubsampledGaussianDpEvent(
+        event.dataset_size + more, event.sampling_probability, event.truncated_batch_size, event.noise_multiplier)
 
 
 def natural_relation(event: dp_accounting.DpEvent) -> NeighboringRelation:
     """The relation under which an event is commonly accounted: replace-one where something is drawn without replacement, whose size
     is public then; else add-or-remove-one."""
-    parts = getattr(event, "events", None) or ([event.event] if hasattr(event, "event") else [])
+    inside = getattr(event, "events", None) or ([event.event] if hasattr(event, "event") else [])
     replaces = isinstance(event, dp_accounting.SampledWithoutReplacementDpEvent)
-    if replaces or any(natural_relation(part) is NeighboringRelation.REPLACE_ONE for part in parts):
+    if replaces or any(natural_relation(part) is NeighboringRelation.REPLACE_ONE for part in inside):
         return NeighboringRelation.REPLACE_ONE
     return NeighboringRelation.ADD_OR_REMOVE_ONE
 
@@ -92,11 +154,16 @@ def over_sensitivity(event: dp_accounting.DpEvent, relation: NeighboringRelation
 def _rdp_of_one(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> np.ndarray:
     """The Renyi divergences of one round at dp_accounting's default orders; infinity at an order of which nothing is known."""
     accountant = rdp.RdpAccountant(neighboring_relation=relation)
+    logger = logging.getLogger("absl")
+    level = logger.level
     try:
+        logger.setLevel(logging.ERROR)  # an order that does not converge is left out, which is nobody's concern
         with np.errstate(all="ignore"):
             values = accountant.compose(over_sensitivity(event, relation)).rdp
     except _UNKNOWN:
         return np.full(len(accountant.orders), np.inf)
+    finally:
+        logger.setLevel(level)
     # a divergence that is negative by rounding, or NaN, would count as an epsilon of 0 after any number of rounds
     return np.where(values >= 0, values, np.inf)
 
@@ -113,17 +180,21 @@ def _orders() -> np.ndarray:
 
 
 def _epsilon_by_pld(spent: Spent, relation: NeighboringRelation, delta: float) -> float:
-    precisions = [_precision(event) for event, _ in spent]
+    precisions = [precision(event) for event, _ in spent]
     if None not in precisions:  # Gaussians without sampling compose to one Gaussian
-        total = sum(count * (precision or 0.0) for precision, (_, count) in zip(precisions, spent, strict=True))
+        total = sum(count * (value or 0.0) for value, (_, count) in zip(precisions, spent, strict=True))
         deviation = 1 / math.sqrt(total) / sensitivity(relation) if total > 0 else math.inf
         return float(dp_accounting.get_epsilon_gaussian(deviation, delta)) if deviation > _TINY else math.inf
     rough = _epsilon_by_rdp([(_roughly(event, relation), count) for event, count in spent], NeighboringRelation.ADD_OR_REMOVE_ONE, delta)
-    interval = _PLD_INTERVAL * max(1.0, rough / _PLD_INTERVAL_EPSILON)
     if not math.isfinite(rough):
         return math.inf
-    accountant = pld.PLDAccountant(relation, interval)
+    # in steps of 2, so that a run whose epsilon grows seldom needs its distributions anew
+    interval = _PLD_INTERVAL * 2.0 ** max(0, math.ceil(math.log2(max(rough, 1.0) / _PLD_INTERVAL_EPSILON)))
     try:
+        plds = [_pld(event, count, relation, interval) for event, count in spent]
+        if all(one is not None for one in plds):
+            return float(functools.reduce(lambda one, other: one.compose(other), plds).get_epsilon_for_delta(delta))
+        accountant = pld.PLDAccountant(relation, interval)
         for event, count in spent:
             accountant.compose(event, count)
         return float(accountant.get_epsilon(delta))
@@ -131,20 +202,22 @@ def _epsilon_by_pld(spent: Spent, relation: NeighboringRelation, delta: float) -
         return math.inf
 
 
-def _precision(event: dp_accounting.DpEvent) -> float | None:
-    """1 / z^2 of the one Gaussian that an event without sampling amounts to; None for any other event."""
+def _pld(event: dp_accounting.DpEvent, count: int, relation: NeighboringRelation, interval: float) -> Any:
+    """The privacy loss distribution of `count` times an event; None where dp_accounting's accountant has to make it."""
     match event:
-        case dp_accounting.NoOpDpEvent():
-            return 0.0
         case dp_accounting.GaussianDpEvent():
-            return 1 / event.noise_multiplier / event.noise_multiplier
-        case dp_accounting.SelfComposedDpEvent():
-            inner = _precision(event.event)
-            return None if inner is None else event.count * inner
-        case dp_accounting.ComposedDpEvent():
-            parts = [_precision(part) for part in event.events]
-            return None if None in parts else sum(part or 0.0 for part in parts)
+            return privacy_loss_distribution.from_gaussian_mechanism(
+                event.noise_multiplier / math.sqrt(count), value_discretization_interval=interval, neighboring_relation=relation)
+        case dp_accounting.PoissonSampledDpEvent(event=dp_accounting.GaussianDpEvent()) if event.sampling_probability > 0:
+            return _pld_of_poisson(event.event.noise_multiplier, event.sampling_probability, relation, interval).self_compose(count)
     return None
+
+
+@functools.lru_cache(maxsize=16)
+def _pld_of_poisson(noise: float, rate: float, relation: NeighboringRelation, interval: float) -> Any:
+    """The privacy loss distribution of one step, which takes most of the time and which all numbers of steps share."""
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise, value_discretization_interval=interval, sampling_prob=rate, neighboring_relation=relation)
 
 
 def _roughly(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_accounting.DpEvent:
@@ -153,7 +226,8 @@ def _roughly(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_
         case dp_accounting.PoissonSampledDpEvent(event=dp_accounting.GaussianDpEvent(noise_multiplier=noise)):
             rate = event.sampling_probability
         case dp_accounting.TruncatedSubsampledGaussianDpEvent(noise_multiplier=noise):
-            rate = event.sampling_probability
+            # where many are cut, one record replaces another: twice the sensitivity
+            rate, noise = event.sampling_probability, noise / 2
         case _:
             return event
     return dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise / sensitivity(relation)))

@@ -7,7 +7,7 @@ sensitivity is, one clip or two, depends on the neighbouring relation, which bel
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dp_accounting
@@ -16,7 +16,7 @@ from dp_accounting import dp_event
 from fl_jax.errors import FlJaxError
 
 _TYPE = "type"
-_POSITIVE_INTEGERS = ("count", "source_dataset_size")
+_POSITIVE_INTEGERS = ("count", "source_dataset_size", "dataset_size", "truncated_batch_size")
 
 
 def event_to_dict(event: dp_accounting.DpEvent) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def event_from_dict(content: Mapping[str, Any]) -> dp_accounting.DpEvent:
     match event:
         case dp_accounting.SampledWithoutReplacementDpEvent() if event.sample_size > event.source_dataset_size:
             raise FlJaxError(f"{event.sample_size} cannot be sampled out of {event.source_dataset_size} without replacement.")
-        case dp_accounting.GaussianDpEvent() if event.noise_multiplier == 0:
+        case dp_accounting.GaussianDpEvent() | dp_accounting.TruncatedSubsampledGaussianDpEvent() if event.noise_multiplier == 0:
             return dp_accounting.NonPrivateDpEvent()
         case dp_accounting.ComposedDpEvent() if not event.events:
             return dp_accounting.NoOpDpEvent()
@@ -72,11 +72,47 @@ def describe(event: dp_accounting.DpEvent) -> str:
             return f"{describe(event.event)}, on a Poisson sample at rate {event.sampling_probability:g}"
         case dp_accounting.SampledWithoutReplacementDpEvent():
             return f"{describe(event.event)}, on {event.sample_size} of {event.source_dataset_size} drawn without replacement"
+        case dp_accounting.TruncatedSubsampledGaussianDpEvent():
+            return (f"Gaussian noise of {event.noise_multiplier:g} clips, on a Poisson sample at rate {event.sampling_probability:g} of "
+                    f"{event.dataset_size}, {event.truncated_batch_size} at most")
         case dp_accounting.SelfComposedDpEvent():
             return f"{event.count} times ({describe(event.event)})"
         case dp_accounting.ComposedDpEvent():
             return " and ".join(f"({describe(part)})" for part in event.events)
     return str(event)
+
+
+def parts(event: dp_accounting.DpEvent, count: int = 1) -> Iterator[tuple[dp_accounting.DpEvent, int]]:
+    """What `count` times an event is composed of, each with how often: without compositions and without events that cost nothing."""
+    match event:
+        case dp_accounting.NoOpDpEvent():
+            pass
+        case dp_accounting.SelfComposedDpEvent():
+            yield from parts(event.event, count * event.count)
+        case dp_accounting.ComposedDpEvent():
+            for part in event.events:
+                yield from parts(part, count)
+        case _:
+            yield event, count
+
+
+def precision(event: dp_accounting.DpEvent) -> float | None:
+    """1 / z^2 of the one Gaussian that Gaussians without sampling amount to; infinity without noise, None for any other event."""
+    total = 0.0
+    for part, count in parts(event):
+        if not isinstance(part, dp_accounting.GaussianDpEvent):
+            return None
+        # twice, since the square of a small multiplier would be 0
+        total += count / part.noise_multiplier / part.noise_multiplier if part.noise_multiplier > 0 else math.inf
+    return total
+
+
+def one_gaussian(event: dp_accounting.DpEvent) -> dp_accounting.GaussianDpEvent | None:
+    """The one Gaussian that a composition of Gaussians on the same data amounts to; None for any other event, and for no event at all."""
+    if isinstance(event, dp_accounting.GaussianDpEvent):
+        return event
+    total = precision(event)
+    return dp_accounting.GaussianDpEvent(1 / math.sqrt(total)) if total else None
 
 
 def _plain(value: Any, kind: type = object, field: str = "") -> Any:

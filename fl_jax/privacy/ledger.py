@@ -5,7 +5,7 @@ import enum
 import hashlib
 import json
 import operator
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import dp_accounting
 from dp_accounting import NeighboringRelation
@@ -13,7 +13,9 @@ from dp_accounting import NeighboringRelation
 from fl_jax.errors import FlJaxError
 from fl_jax.privacy.accounting import Accountant, epsilon, natural_relation
 from fl_jax.privacy.events import checked, describe, event_from_dict, event_to_dict
-from fl_jax.types import FederatedAlgorithm, Sampling
+
+if TYPE_CHECKING:  # jax, which the command line does without
+    from fl_jax.types import FederatedAlgorithm, Sampling
 
 _FORMAT = 1
 
@@ -113,7 +115,7 @@ class PrivacyLedger:
         return ledger
 
 
-def client_cost(algorithm: FederatedAlgorithm, sampling: Sampling) -> Cost:
+def client_cost(algorithm: "FederatedAlgorithm", sampling: "Sampling") -> Cost:
     """What one round of an algorithm under a sampling of clients costs each client: its mechanism with the sampling's amplification.
 
     With every client in every round there is no amplification, and the label says so.
