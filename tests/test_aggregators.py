@@ -214,7 +214,8 @@ def test_an_adaptive_bound_and_the_sum_cost_one_gaussian_together():
     np.testing.assert_allclose(metrics["noise_norm"], norm(noise), rtol=0.005)
     assert adaptive.event == dp_accounting.GaussianDpEvent(1.0)
     keys = jax.random.split(KEY, 20_000)
-    bounds = jax.jit(jax.vmap(lambda key: adaptive.combine(key, jnp.float32(0.5), Summand({"a": jnp.zeros(1)}, jnp.float32(0), jnp.float32(0)))[1]))(keys)
+    nobody = Summand({"a": jnp.zeros(1)}, jnp.float32(0), jnp.float32(0))
+    bounds = jax.jit(jax.vmap(lambda key: adaptive.combine(key, jnp.float32(0.5), nobody)[1]))(keys)
     assert float(jnp.std(jnp.log(bounds))) * cohort / 0.2 == pytest.approx(cohort / 20, rel=0.02)
     with pytest.raises(FlJaxError, match="count_noise above 0.5"):
         aggregators.private_mean(clipping.quantile(0.5, 0.5), 1.0, cohort)
@@ -249,10 +250,13 @@ def test_noise_of_sites_is_added_to_their_mean_and_a_site_that_is_not_finite_add
 
 def test_distributed_noise_is_accounted_by_the_fewest_who_certainly_bring_it_and_for_replacing_one():
     event = aggregators.distributed_private_mean(0.5, 4.0, 100, 25).event
-    ledgers = {relation: privacy.PrivacyLedger(Unit.CLIENT, relation).spend(Cost(event, Unit.CLIENT), 3) for relation in NeighboringRelation}
-    certain = privacy.PrivacyLedger(Unit.CLIENT, NeighboringRelation.REPLACE_ONE).spend(Cost(dp_accounting.GaussianDpEvent(2.0), Unit.CLIENT), 3)
-    assert ledgers[NeighboringRelation.REPLACE_ONE].epsilon(1e-5) == pytest.approx(certain.epsilon(1e-5))
-    assert ledgers[NeighboringRelation.ADD_OR_REMOVE_ONE].epsilon(1e-5) == math.inf
+
+    def epsilon(event, relation):
+        return privacy.PrivacyLedger(Unit.CLIENT, relation).spend(Cost(event, Unit.CLIENT), 3).epsilon(1e-5)
+
+    replace, add = NeighboringRelation.REPLACE_ONE, NeighboringRelation.ADD_OR_REMOVE_ONE
+    assert epsilon(event, replace) == pytest.approx(epsilon(dp_accounting.GaussianDpEvent(2.0), replace))
+    assert epsilon(event, add) == math.inf
     assert privacy.natural_relation(event) is NeighboringRelation.REPLACE_ONE
     assert aggregators.distributed_private_mean(0.5, 4.0, 100, 0).event == dp_accounting.NonPrivateDpEvent()
     assert aggregators.distributed_private_mean(0.5, 0.0, 100, 9).event == dp_accounting.NonPrivateDpEvent()

@@ -26,7 +26,7 @@ N = len(SIZES)
 
 
 def tree_matrices(rounds: int, period: int) -> tuple[np.ndarray, np.ndarray]:
-    """B and C of trees with restarts, by the definition: the nodes of a running sum are the dyadic intervals of the digits of its length."""
+    """B and C of trees with restarts: the nodes of a running sum are the dyadic intervals of the binary digits of its length."""
     nodes, sums = {}, []
     for t in range(1, rounds + 1):
         parts = []
@@ -65,7 +65,8 @@ def case(name: str):
     }[name]()
 
 
-CASES = ["tree of 8", "tree of 5, clients further apart", "tree of 1", "banded", "banded beyond its rounds, clients further apart", "independent"]
+CASES = ["tree of 8", "tree of 5, clients further apart", "tree of 1", "banded", "banded beyond its rounds, clients further apart",
+         "independent"]
 
 
 def noise_of(strategy, rounds=ROUNDS, coordinates=COORDINATES):
@@ -129,7 +130,8 @@ def test_at_equal_privacy_correlated_noise_is_smaller():
     """Root mean square of the noise in the running sums of 64 rounds, clients 8 rounds apart: banded < tree < independent."""
     rounds = 64
     rms = {}
-    for name, strategy in (("banded", aggregators.banded(rounds, 8)), ("tree", aggregators.tree(8)), ("independent", aggregators.banded(rounds, 8, 1))):
+    strategies = {"banded": aggregators.banded(rounds, 8), "tree": aggregators.tree(8), "independent": aggregators.banded(rounds, 8, 1)}
+    for name, strategy in strategies.items():
         sums = np.cumsum(noise_of(strategy, rounds, 6_000), axis=0) * strategy.sensitivity
         rms[name] = np.sqrt(np.mean(sums**2))
     assert rms["independent"] == pytest.approx(math.sqrt((rounds + 1) / 2), rel=0.03)
@@ -241,9 +243,11 @@ def test_a_compiled_study_keeps_clients_apart_over_its_blocks_of_rounds():
     rng = np.random.default_rng(0)
 
     def records(*sizes):
-        return Records(rng.normal(size=(sum(sizes), 3)).astype(np.float32), rng.integers(0, 2, sum(sizes)).astype(np.int32), np.cumsum([0, *sizes]))
+        n = sum(sizes)
+        return Records(rng.normal(size=(n, 3)).astype(np.float32), rng.integers(0, 2, n).astype(np.int32), np.cumsum([0, *sizes]))
 
-    data = FederatedDataset("small", records(4, 4, 4), records(1, 1, 1), records(1, 1, 1), records(2), ("a", "b", "c"), ("d",), num_classes=2)
+    data = FederatedDataset(
+        "small", records(4, 4, 4), records(1, 1, 1), records(1, 1, 1), records(2), ("a", "b", "c"), ("d",), num_classes=2)
     model = models.bridge(models.LogisticRegression(2), jnp.zeros((1, 3)), models.softmax_cross_entropy)
     study = programs.Study(model, stack([data]), data.site_names, data.unseen_names, rounds=5, evaluate_every=2, chunk=4)
     arm = programs.Arm("FTRL", lambda _: algorithm_of(model, aggregators.tree(3)), lambda sites: sampling.separated(1, 3, 3))

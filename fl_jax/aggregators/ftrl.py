@@ -16,9 +16,9 @@ def private_ftrl(clip: float | Array, noise_multiplier: float, expected_cohort: 
 
     Kairouz et al. 2021, "Practical and private (deep) learning without sampling or shuffling", Algorithm 1, with clients in
     the place of records: clipped messages are summed over a fixed denominator; a server optax.sgd(rate) then steps along a running sum
-    with the strategy's noise, and any other server optimizer is post-processing. clip: fixed, since the strategy's noise is drawn for rounds
-    together. noise_multiplier: z of the guarantee, whatever the strategy: independent noise has deviation z clip strategy.sensitivity,
-    which in the paper's terms is the multiplier of a node.
+    with the strategy's noise, and any other server optimizer is post-processing. clip: fixed, since the strategy's noise is drawn for
+    rounds together. noise_multiplier: z of the guarantee, whatever the strategy: its independent noise has a standard deviation of
+    z clip strategy.sensitivity, so that a tree's node has the paper's multiplier z sqrt(L).
 
     Guarantee: a client whose participations are at least strategy.separation rounds apart pays exactly one Gaussian mechanism of
     multiplier z for each: in T rounds of a run at most ceil(T / separation) of them, and anew in another run. Add-or-remove-one is meant

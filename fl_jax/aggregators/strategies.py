@@ -106,8 +106,8 @@ def _apart(separation: int | None, what: str, least: int) -> int:
     if separation is None:
         return least
     if not isinstance(separation, int) or separation < least:
-        raise FlJaxError(f"The {what} is {least}, so that a client's participations must be {least} rounds apart or more, and the separation "
-                         f"is {separation}.")
+        raise FlJaxError(f"The {what} is {least}, so that a client's participations must be {least} rounds apart or more, and the "
+                         f"separation is {separation}.")
     return separation
 
 
