@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from fl_jax import mechanism
 from fl_jax.errors import FlJaxError
+from fl_jax.poisson import check_rate, chosen, kept, truncated
+from fl_jax.privacy.events import one_gaussian
 from fl_jax.types import Array, Batches, Cohort, Key, Sampling, Sites, no_amplification
 
 Weights = Callable[[Sites], Array]
@@ -54,6 +56,45 @@ def fixed_size(cohort_size: int, num_clients: int, weights: Weights = by_records
         if mechanism.shows_cohort(event):
             return event
         return dp_accounting.SampledWithoutReplacementDpEvent(num_clients, cohort_size, event)
+
+    return Sampling(draw, amplify)
+
+
+def poisson(rate: float, num_clients: int, weights: Weights = equal, *, capacity: int | None = None) -> Sampling:
+    """Each client takes part by an independent coin of probability `rate`, anew in each round; a private mean divides by rate * num_clients.
+
+    A round in which nobody takes part is a round: a private aggregator then releases noise alone. capacity: the length of the cohort; by
+    default num_clients, so that nobody is ever left out (absent clients weigh 0 and cost no steps). Where more come up, a uniformly
+    random subset of them takes part.
+
+    Amplification: Poisson sampling, accounted under add-or-remove-one; with a capacity, of a truncated sample (fl_jax.privacy). The number
+    of clients is taken to be public. Raises FlJaxError for a rate outside (0, 1] and a capacity outside [rate * num_clients, num_clients].
+    """
+    check_rate(rate)
+    length = num_clients if capacity is None else capacity
+    if not max(1, rate * num_clients) <= length <= num_clients:
+        raise FlJaxError(f"A capacity of {length} does not suit a rate of {rate:g} of {num_clients} clients: choose {rate * num_clients:g} to "
+                         f"{num_clients}, or leave it out.")
+
+    def draw(key: Key, t: Array, sites: Sites) -> Cohort:
+        del t
+        _check_clients(sites, num_clients)
+        first, second = jax.random.split(key)
+        takes_part = chosen(first, rate, num_clients)
+        ids = jnp.arange(num_clients, dtype=jnp.int32)
+        if length == num_clients:
+            cohort = _cohort(ids, sites, weights)
+            return cohort._replace(weight=jnp.where(takes_part, cohort.weight, 0))
+        ids, present = kept(second, jnp.where(takes_part, ids, num_clients).astype(jnp.uint32), jnp.int32(num_clients), length)
+        return _cohort(jnp.where(present > 0, ids, num_clients), sites, weights)
+
+    def amplify(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
+        if mechanism.shows_cohort(event):
+            return event
+        if length < num_clients:
+            return truncated(event, num_clients, rate, length)
+        private = event != dp_accounting.NonPrivateDpEvent()
+        return dp_accounting.PoissonSampledDpEvent(rate, one_gaussian(event) or event) if private else event
 
     return Sampling(draw, amplify)
 

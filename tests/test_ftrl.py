@@ -181,6 +181,8 @@ SAMPLERS = {
     "not far enough": sampling.separated(1, N, 3),
     "drop-outs of everyone": sampling.with_dropouts(sampling.everyone(), 0.5),
     "one that keeps the event": Sampling(sampling.everyone().draw, lambda event: event),
+    "Poisson": sampling.poisson(0.2, N),
+    "Poisson, cut": sampling.poisson(0.2, N, capacity=3),
 }
 
 
