@@ -77,6 +77,10 @@ def describe(event: dp_accounting.DpEvent) -> str:
                     f"{event.dataset_size}, {event.truncated_batch_size} at most")
         case dp_accounting.SelfComposedDpEvent():
             return f"{event.count} times ({describe(event.event)})"
+        case dp_accounting.ComposedDpEvent(events=(
+            dp_accounting.UnsupportedDpEvent(), dp_accounting.SelfComposedDpEvent(event=dp_accounting.NoOpDpEvent(), count=period), known,
+        )):  # of fl_jax.mechanism.once_in
+            return f"{describe(known)} for who takes part once in {period} rounds, which this sampling does not promise"
         case dp_accounting.ComposedDpEvent():
             return " and ".join(f"({describe(part)})" for part in event.events)
     return str(event)
