@@ -37,7 +37,9 @@ class Clipping(NamedTuple):
 
 
 def constant(bound: float | Array) -> Clipping:
-    """The same bound in every step. Raises FlJaxError unless it is above 0 and finite."""
+    """The same bound in every step. Raises FlJaxError unless it is a number above 0 and finite."""
+    if isinstance(bound, Clipping):
+        raise FlJaxError("The clip is fixed here: give a number instead of a bound that may move.")
     _positive("bound", bound)
     return Clipping(lambda: (), lambda state: jnp.float32(bound), lambda key, state, centred, expected: state, lambda z: z)
 

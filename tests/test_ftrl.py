@@ -11,10 +11,11 @@ import numpy as np
 import optax
 import pytest
 from conftest import SIZES
-from jax_privacy.matrix_factorization import sensitivity, toeplitz
+from jax_privacy.matrix_factorization import sensitivity
 from tqdm import tqdm
 
 from fl_jax import aggregators, algorithms, batches, clipping, mechanism, models, privacy, programs, sampling
+from fl_jax.aggregators import strategies
 from fl_jax.data import FederatedDataset, Records, stack
 from fl_jax.errors import FlJaxError
 from fl_jax.privacy import Accountant, Cost, NeighboringRelation, PrivacyLedger, Unit
@@ -47,7 +48,8 @@ def tree_matrices(rounds: int, period: int) -> tuple[np.ndarray, np.ndarray]:
 
 def banded_matrices(rounds: int, separation: int, bands: int, tuned: int) -> tuple[np.ndarray, np.ndarray]:
     """B and C of the banded Toeplitz matrix, materialised."""
-    coefficients = np.float64(toeplitz.optimize_banded_toeplitz(tuned, bands)) if bands > 1 else np.ones(1)
+    coefficients = strategies._coefficients(tuned, bands)
+    assert len(coefficients) == bands and bands <= separation
     c = sum(np.diag(np.full(rounds - k, value), -k) for k, value in enumerate(coefficients))
     return np.tril(np.ones((rounds, rounds))) @ np.linalg.inv(c), c
 
@@ -130,8 +132,8 @@ def test_at_equal_privacy_correlated_noise_is_smaller():
     """Root mean square of the noise in the running sums of 64 rounds, clients 8 rounds apart: banded < tree < independent."""
     rounds = 64
     rms = {}
-    strategies = {"banded": aggregators.banded(rounds, 8), "tree": aggregators.tree(8), "independent": aggregators.banded(rounds, 8, 1)}
-    for name, strategy in strategies.items():
+    compared = {"banded": aggregators.banded(rounds, 8), "tree": aggregators.tree(8), "independent": aggregators.banded(rounds, 8, 1)}
+    for name, strategy in compared.items():
         sums = np.cumsum(noise_of(strategy, rounds, 6_000), axis=0) * strategy.sensitivity
         rms[name] = np.sqrt(np.mean(sums**2))
     assert rms["independent"] == pytest.approx(math.sqrt((rounds + 1) / 2), rel=0.03)
@@ -280,7 +282,8 @@ def test_strategies_are_built_while_a_program_is_traced():
     (lambda: aggregators.tree(8, 7), "8 rounds apart or more, and the separation is 7"),
     (lambda: aggregators.banded(10, 3, 4), "4 rounds apart or more, and the separation is 3"),
     (lambda: aggregators.banded(0, 3), "rounds must be a whole number"),
-    (lambda: aggregators.private_ftrl(clipping.quantile(1.0, 1.0), 1.0, 4, aggregators.tree(2)), "cannot move"),
+    (lambda: aggregators.private_ftrl(clipping.quantile(1.0, 1.0), 1.0, 4, aggregators.tree(2)), "The clip is fixed here"),
+    (lambda: aggregators.distributed_private_mean(clipping.constant(1.0), 1.0, 4, 2), "The clip is fixed here"),
     (lambda: aggregators.private_ftrl(0.0, 1.0, 4, aggregators.tree(2)), "clip must be above 0"),
     (lambda: aggregators.private_ftrl(1.0, -1.0, 4, aggregators.tree(2)), "noise_multiplier"),
     (lambda: aggregators.private_ftrl(1.0, 1.0, 0, aggregators.tree(2)), "expected_cohort"),

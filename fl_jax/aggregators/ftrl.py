@@ -6,7 +6,6 @@ import optax
 from fl_jax import clipping, mechanism
 from fl_jax.aggregators.private import Summand, cut_metrics, summand
 from fl_jax.aggregators.strategies import Strategy
-from fl_jax.errors import FlJaxError
 from fl_jax.norms import refuse_statistics
 from fl_jax.types import Aggregator, Array, Key, Metrics, PyTree
 
@@ -27,8 +26,6 @@ def private_ftrl(clip: float | Array, noise_multiplier: float, expected_cohort: 
     statistics as for `private_mean`.
     """
     mechanism.check(clip, noise_multiplier, expected_cohort)
-    if isinstance(clip, clipping.Clipping):
-        raise FlJaxError("DP-FTRL's clip cannot move, since its noise is drawn for rounds together: give a number.")
     rule = clipping.constant(clip)
     multiplier = noise_multiplier * strategy.sensitivity
 
