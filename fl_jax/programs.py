@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +39,15 @@ class Arm(NamedTuple):
 
     name: as it is called in tables. build: (hyper) -> algorithm; hyper is one row of the runs' hyper-parameters, which may be
     tracers. sampling: (train sites of the federation) -> who takes part. view: which records the arm trains on, e.g.
-    data.pooled_train for centralized training, whose one model is then evaluated at every site.
+    data.pooled_train for centralized training, whose one model is then evaluated at every site. rounds: how many of the study's it
+    is trained for, such as those within a privacy budget; None: all.
     """
 
     name: str
     build: Callable[[PyTree], FederatedAlgorithm]
     sampling: Callable[[Sites], Sampling]
     view: Callable[[Splits], Splits] = lambda splits: splits
+    rounds: int | None = None
 
 
 class Study(NamedTuple):
@@ -101,7 +103,8 @@ Measure = Callable[[Splits, Outputs], Measured]
 
 
 class Program(NamedTuple):
-    """An arm, ready to run. initial: its state before training. blocks: length -> compiled (runs, splits, state) -> (state, Block)."""
+    """An arm, ready to run. initial: its state before training. rounds: how many it has. blocks: length -> compiled (runs, splits, state) ->
+    (state, Block), for the lengths that a run from the start needs. compile: (length) -> such a block of another length."""
 
     name: str
     num_clients: int
@@ -109,11 +112,13 @@ class Program(NamedTuple):
     initial: State
     blocks: dict[int, Callable[..., tuple[State, Block]]]
     compile_seconds: float
+    rounds: int
+    compile: Callable[[int], Callable[..., tuple[State, Block]]]
 
 
-def block_length(study: Study, done: int) -> int:
-    """How many rounds the block has that begins after `done` of them."""
-    return min(study.evaluate_every, study.rounds - done)
+def block_length(study: Study, rounds: int, done: int) -> int:
+    """How many of an arm's rounds the block has that begins after `done` of them: up to the next round at which all arms are measured."""
+    return min(study.evaluate_every - done % study.evaluate_every, rounds - done)
 
 
 def compile_arms(study: Study, arms: Sequence[Arm], runs: Runs, bar: tqdm) -> tuple[list[Program], Measure]:
@@ -121,22 +126,28 @@ def compile_arms(study: Study, arms: Sequence[Arm], runs: Runs, bar: tqdm) -> tu
     measure = jax.jit(lambda splits, outputs: each_run(partial(_measure_run, study), mesh=study.mesh)((runs.data, outputs), splits))
     # the initial variables of a run are those of its seed, whatever the arm
     variables = jax.jit(each_run(lambda run: study.model.init(jax.random.split(run.key)[0]), mesh=study.mesh))(runs)
-    lengths = {block_length(study, done) for done in range(0, study.rounds, study.evaluate_every)}
 
     def compiled(arm: Arm) -> tuple[Program, Outputs]:
         began = time.perf_counter()
+        count = study.rounds if arm.rounds is None else arm.rounds
         start, rounds, num_clients, payload = _functions(study, arm, runs, variables)
         initial = jax.jit(each_run(start, mesh=study.mesh))((runs, variables))
-        blocks: dict[int, Callable[..., tuple[State, Block]]] = {}
-        for length in lengths:
+
+        def compile(length: int) -> Any:
             block = each_run(partial(rounds, length), mesh=study.mesh)
-            lowered = jax.jit(lambda runs, splits, state, block=block: block((runs, state), splits)).lower(runs, study.splits, initial)
-            call = blocks[length] = lowered.compile()
+            lowered = jax.jit(lambda runs, splits, state: block((runs, state), splits)).lower(runs, study.splits, initial)
+            return lowered, lowered.compile()
+
+        blocks: dict[int, Callable[..., tuple[State, Block]]] = {}
+        for length in {block_length(study, count, done) for done in range(0, count, study.evaluate_every)}:
+            lowered, call = compile(length)
+            blocks[length] = call
         outputs = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             lowered.out_info[1].outputs, call.output_shardings[1].outputs)
         bar.update()
-        return Program(arm.name, num_clients, payload, initial, blocks, time.perf_counter() - began), outputs
+        seconds = time.perf_counter() - began
+        return Program(arm.name, num_clients, payload, initial, blocks, seconds, count, lambda length: compile(length)[1]), outputs
 
     pool = ThreadPoolExecutor(max(1, min(usable_cores(), len(arms))))
     try:
@@ -151,7 +162,7 @@ def _functions(
     study: Study, arm: Arm, runs: Runs, variables: Variables
 ) -> tuple[Callable[[tuple[Runs, Variables]], State], Callable[..., tuple[State, Block]], int, tuple[int, int]]:
     """Of one run: start (run, variables) -> state, rounds (length, (run, state), splits) -> (state, Block); the clients, and the payload of one."""
-    num_clients = jax.eval_shape(lambda splits: arm.view(_row(splits, jnp.int32(0))), study.splits).train.size.shape[0]
+    num_clients = jax.eval_shape(lambda splits: arm.view(row_of(splits, jnp.int32(0))), study.splits).train.size.shape[0]
     donors = jnp.asarray(np.unique(np.linspace(0, len(study.site_names) - 1, MAX_DONORS).round()), jnp.int32)
     payload: list[tuple[int, int]] = []
 
@@ -164,7 +175,7 @@ def _functions(
 
     def rounds(length: int, row: tuple[Runs, State], splits: Splits) -> tuple[State, Block]:
         run, state = row
-        own = _row(splits, run.data)
+        own = row_of(splits, run.data)
         algorithm, sampling, seen = arm.build(run.hyper), arm.sampling(own.train), arm.view(own)
         run_key = jax.random.split(run.key)[1]
 
@@ -191,7 +202,7 @@ def _functions(
 
 def _measure_run(study: Study, row: tuple[Array, Outputs], splits: Splits) -> Measured:
     data, outputs = row
-    own = _row(splits, data)
+    own = row_of(splits, data)
     return Measured(
         evaluation.score(study.model, outputs.validation, own.validation, study.metrics),
         evaluation.score(study.model, outputs.test, own.test, study.metrics),
@@ -199,6 +210,6 @@ def _measure_run(study: Study, row: tuple[Array, Outputs], splits: Splits) -> Me
     )
 
 
-def _row(splits: Splits, index: Array) -> Splits:
+def row_of(splits: Splits, index: Array) -> Splits:
     """One of the stacked data sets; where there is one only, without a copy."""
     return jax.tree.map(lambda leaf: leaf[0] if leaf.shape[0] == 1 else leaf[index], splits)

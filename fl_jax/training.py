@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,11 @@ from tqdm import tqdm
 from fl_jax.checkpoint import Checkpoints
 from fl_jax.core import on_every_device
 from fl_jax.errors import FlJaxError
+from fl_jax.privacy import Guarantee, PrivacyLedger
 from fl_jax.programs import Arm, Block, Measure, Measured, Program, Runs, Study, block_length, compile_arms, seeds_of
 from fl_jax.results.rows import OVER_SITES, Label, evaluation_rows, round_rows
 from fl_jax.results.run_folder import MetricRow, RunFolder, frame
+from fl_jax.spending import NOTHING, Spending, check_meta, epsilon_rows, spending_of, to_meta, within_budget, worst_epsilon
 from fl_jax.types import Metrics, State
 
 __all__ = ["Arm", "Fit", "Runs", "Study", "fit", "seeds_of"]
@@ -33,19 +35,21 @@ MOST_NAMED = 10
 
 class Fit(NamedTuple):
     """What came of an arm. rows: the metrics (results.COLUMNS). state: the last, every leaf [S, ...]. payload: bytes (down, up) of a
-    client and round. seconds: spent computing and compile_seconds: compiling, by this process."""
+    client and round. seconds: spent computing and compile_seconds: compiling, by this process. ledgers: what was spent on privacy, of
+    each run one for each guarantee."""
 
     rows: pd.DataFrame
     state: State
     payload: tuple[int, int]
     seconds: float
     compile_seconds: float
+    ledgers: tuple[tuple[PrivacyLedger, ...], ...] = ()
 
 
 def fit(
     study: Study, arms: Sequence[Arm], seeds: Sequence[int], runs: Runs, *,
     variants: Sequence[str] = (), folder: RunFolder | None = None, resume: bool = False, progress: bool = True,
-    may_diverge: bool = False,
+    may_diverge: bool = False, privacy: Mapping[str, Sequence[Guarantee]] | None = None,
 ) -> dict[str, Fit]:
     """Trains the arms one after another, each in all its runs, and measures them at every site.
 
@@ -55,6 +59,9 @@ def fit(
     progress: a bar with rounds/s and the time left, on a terminal only. may_diverge: a run in which every message of a round was not
     finite goes on with the model that it has, and its rows of that round say "participants" 0 and "nonfinite" more: for grids of
     learning rates.
+    privacy: by an arm's name, what it promises (fl_jax.privacy.Guarantee). Its epsilon is in the rows (spending.epsilon_rows) and in the bar,
+    its ledger in the checkpoints. An arm ends before the first round that would overspend a budget, and says so; a resumed one
+    must have the ledger that it was saved with. Runs are alternatives: a ledger is of one run.
 
     Ctrl-C ends the block that runs, saves it and raises KeyboardInterrupt; a second one stops at once. Raises FlJaxError where every
     message of a round was not finite, unless that is allowed, naming the round and the sites: what was saved before stays.
@@ -62,6 +69,7 @@ def fit(
     variants = variants or [""] * len(seeds)
     _check(study, arms, seeds, runs, variants)
     study = study._replace(splits=on_every_device(study.splits, study.mesh))
+    arms, spendings = _limited(study, arms, runs, privacy or {})
     with tqdm(total=len(arms), desc="compiling", unit="arm", leave=False, disable=None if progress else True) as bar:
         programs, measure = compile_arms(study, arms, runs, bar)
     if folder is not None:
@@ -70,9 +78,26 @@ def fit(
         return {
             program.name: _fit_arm(
                 study, program, measure, [Label(f"{program.name}{variant}", seed) for variant, seed in zip(variants, seeds, strict=True)],
-                runs, stop, folder, resume, progress, may_diverge)
+                runs, stop, folder, resume, progress, may_diverge, spendings[program.name])
             for program in programs
         }
+
+
+def _limited(
+    study: Study, arms: Sequence[Arm], runs: Runs, privacy: Mapping[str, Sequence[Guarantee]]
+) -> tuple[list[Arm], dict[str, Spending]]:
+    """The arms with the rounds that their budgets allow, and what each spends."""
+    unknown = set(privacy) - {arm.name for arm in arms}
+    if unknown:
+        raise FlJaxError(f"a guarantee is given for {min(unknown)!r}, and the arms are {', '.join(arm.name for arm in arms)}.")
+    spendings = {arm.name: spending_of(study, arm, runs, privacy.get(arm.name, ())) for arm in arms}
+    limited = []
+    for arm in arms:
+        arm, sentence = within_budget(arm, spendings[arm.name], study.rounds if arm.rounds is None else arm.rounds)
+        limited.append(arm)
+        if sentence:
+            tqdm.write(sentence, file=sys.stderr)
+    return limited, spendings
 
 
 def _check(study: Study, arms: Sequence[Arm], seeds: Sequence[int], runs: Runs, variants: Sequence[str]) -> None:
@@ -94,7 +119,7 @@ def _check(study: Study, arms: Sequence[Arm], seeds: Sequence[int], runs: Runs, 
 
 def _fit_arm(
     study: Study, arm: Program, measure: Measure, labels: Sequence[Label], runs: Runs, stop: threading.Event,
-    folder: RunFolder | None, resume: bool, progress: bool, may_diverge: bool,
+    folder: RunFolder | None, resume: bool, progress: bool, may_diverge: bool, spending: Spending = NOTHING,
 ) -> Fit:
     with contextlib.ExitStack() as stack:
         began = time.perf_counter()
@@ -104,31 +129,39 @@ def _fit_arm(
             checkpoints = stack.enter_context(Checkpoints(folder.path / "checkpoints" / _folder_name(arm.name), folder.config))
             if resume:
                 found = checkpoints.restore_latest(state)
-                done, state = (found[0], found[1]) if found is not None else (0, state)
+                if found is not None:
+                    done, state, meta = found
+                    check_meta(arm.name, meta, spending, done)
                 own = {label.arm for label in labels}
                 folder.truncate_after(own, done)
                 before = folder.metrics()
                 rows.append(before[before["arm"].isin(own)])
         bar = stack.enter_context(tqdm(
-            total=study.rounds, initial=done, desc=arm.name, unit="round", leave=False, disable=None if progress else True))
-        while done < study.rounds:
-            length = block_length(study, done)
+            total=arm.rounds, initial=done, desc=arm.name, unit="round", leave=False, disable=None if progress else True))
+        while done < arm.rounds:
+            length = block_length(study, arm.rounds, done)
+            if length not in arm.blocks:  # of a run that ended within a block before, and goes on
+                arm.blocks[length] = arm.compile(length)
             state, block = arm.blocks[length](runs, study.splits, state)
             measured = measure(study.splits, block.outputs)
             block, measured = jax.device_get((block, measured))
             if not may_diverge:
                 _refuse_all_nonfinite(study, arm, labels, done, block)
-            new = list(_block_rows(study, arm, labels, done + length, block, measured))
+            new = [*_block_rows(study, arm, labels, done + length, block, measured),
+                   *epsilon_rows(labels, done + 1, done + length, spending)]
             done += length
             if folder is not None and checkpoints is not None:
                 folder.append_metrics(new)
-                checkpoints.save(done, state, {"arm": arm.name, "rounds": study.rounds})
+                checkpoints.save(done, state, {"arm": arm.name, "rounds": study.rounds, "privacy": to_meta(spending, done)})
             rows.append(frame(new))
             bar.update(length)
+            if (epsilon := worst_epsilon(spending, done)) is not None:
+                bar.set_postfix_str(f"epsilon {epsilon:.3g}")
             if stop.is_set():
                 kept = f"; it is saved in {folder.path} and can be resumed" if folder is not None else ""
                 raise KeyboardInterrupt(f"stopped after round {done} of {study.rounds} of {arm.name}{kept}.")
-    return Fit(pd.concat(rows, ignore_index=True), state, arm.payload, time.perf_counter() - began, arm.compile_seconds)
+    seconds = time.perf_counter() - began
+    return Fit(pd.concat(rows, ignore_index=True), state, arm.payload, seconds, arm.compile_seconds, spending.ledgers(done))
 
 
 def _block_rows(

@@ -5,6 +5,7 @@ import enum
 import hashlib
 import json
 import operator
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import dp_accounting
@@ -17,6 +18,7 @@ from fl_jax.privacy.events import checked, describe, event_from_dict, event_to_d
 if TYPE_CHECKING:  # jax, which the command line does without
     from fl_jax.types import FederatedAlgorithm, Sampling
 
+NOT_AMPLIFIED = "no amplification by sampling"
 _FORMAT = 1
 
 
@@ -32,7 +34,8 @@ class Cost:
     """What one round costs.
 
     event: after the sampler's amplification; noise in clips (see fl_jax.privacy.events). unit: what is protected. label: the mechanism
-    and the sampling in words; default: from the event. site: the one site whose units pay, None where all pay.
+    and the sampling in words; default: from the event. site: the one site whose units pay, None where all pay. every: for how many rounds
+    the event pays, e.g. those between two restarts of DP-FTRL; it is spent in the first of them.
     Raises FlJaxError for an event that is not one of dp_accounting's or has a field out of range.
     """
 
@@ -40,11 +43,19 @@ class Cost:
     unit: Unit
     label: str = ""
     site: str | None = None
+    every: int = 1
 
     def __post_init__(self) -> None:
-        event = checked(self.event)
-        for name, value in (("event", event), ("unit", Unit(self.unit)), ("label", self.label or describe(event))):
+        event, every = checked(self.event), _whole(self.every)
+        if every < 1:
+            raise FlJaxError("A privacy cost is spent every 1 or more rounds, and not every 0.")
+        label = self.label or describe(event) + (f", once every {every} rounds" if every > 1 else "")
+        for name, value in (("event", event), ("unit", Unit(self.unit)), ("label", label), ("every", every)):
             object.__setattr__(self, name, value)
+
+    def times(self, rounds: int) -> int:
+        """How often so many rounds from the start spend the event."""
+        return -(-rounds // self.every)
 
 
 class Entry(NamedTuple):
@@ -56,21 +67,33 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PrivacyLedger:
-    """All that was spent on one unit under one neighbouring relation. Immutable; an entry for each cost, in order of first spending.
+    """All that was spent on one unit under one neighbouring relation, by one run. Immutable; an entry for each cost, in order of first
+    spending. Runs of several seeds are alternatives: each has spent its own ledger, and who publishes them all has spent their sum.
 
-    Outside of it is whatever has no event: metrics, hyper-parameters chosen by looking at data, statistics that are shared in the clear.
+    name: what a unit is in the data, e.g. "image" for a record: what one coin of the sampler draws is not always a patient. Default: the
+    unit's own. Outside of the ledger is whatever has no event: `coverage` says what.
     """
 
     unit: Unit
     relation: NeighboringRelation
     entries: tuple[Entry, ...] = ()
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unit", Unit(self.unit))
+        object.__setattr__(self, "name", self.name or self.unit.value)
 
     def spend(self, cost: Cost, rounds: int = 1) -> Self:
         """The ledger after so many more rounds of a cost. Raises FlJaxError for a cost to another unit and for a negative number."""
-        if cost.unit is not self.unit:
-            raise FlJaxError(f"A cost to a {cost.unit} cannot be added to the ledger of a {self.unit}: keep one ledger a unit.")
+        return self.spend_each((cost,), rounds)
+
+    def spend_each(self, costs: Iterable[Cost], rounds: int = 1) -> Self:
+        """The ledger after so many more rounds, each of which has all these costs; see `spend`."""
         totals = dict(self.entries)
-        totals[cost] = totals.get(cost, 0) + _whole(rounds)
+        for cost in costs:
+            if cost.unit is not self.unit:
+                raise FlJaxError(f"A cost to a {cost.unit} cannot be added to the ledger of a {self.unit}: keep one ledger a unit.")
+            totals[cost] = totals.get(cost, 0) + _whole(rounds)
         return dataclasses.replace(self, entries=tuple(Entry(cost, total) for cost, total in totals.items() if total > 0))
 
     def epsilon(self, delta: float, accountant: Accountant = Accountant.RDP) -> float:
@@ -79,18 +102,32 @@ class PrivacyLedger:
         Units of different sites are disjoint, so that what one site's units pay does not add to another's: the worst site counts.
         Raises FlJaxError for a delta outside (0, 1).
         """
-        sites = {entry.cost.site for entry in self.entries} - {None} or {None}
-        paid = [[(cost.event, rounds) for cost, rounds in self.entries if cost.site in (None, site)] for site in sites]
-        return max(epsilon(spent, self.relation, delta, accountant) for spent in paid)
+        return max(self.epsilons(delta, accountant).values())
+
+    def epsilons(self, delta: float, accountant: Accountant = Accountant.RDP) -> dict[str | None, float]:
+        """`epsilon` of the units of each site that something was spent at; of all units, by the name None, where no cost names a site."""
+        paid: dict[str | None, list[tuple[dp_accounting.DpEvent, int]]] = {None: []}
+        for cost, rounds in self.entries:
+            paid.setdefault(cost.site, []).append((cost.event, cost.times(rounds)))
+        everywhere = paid.pop(None)
+        known: dict[tuple[tuple[dp_accounting.DpEvent, int], ...], float] = {}
+        found = {}
+        for site, own in (paid or {None: []}).items():
+            spent = (*everywhere, *own)
+            if spent not in known:
+                known[spent] = epsilon(spent, self.relation, delta, accountant)
+            found[site] = known[spent]
+        return found
 
     def to_json(self) -> str:
         """The ledger as JSON text with a digest of its content, which `from_json` checks; numbers are kept to the last bit."""
         content: dict[str, Any] = {
             "format": _FORMAT,
             "unit": self.unit.value,
+            "name": self.name,
             "relation": self.relation.name,
             "entries": [
-                {"event": event_to_dict(cost.event), "rounds": rounds, "label": cost.label, "site": cost.site}
+                {"event": event_to_dict(cost.event), "rounds": rounds, "label": cost.label, "site": cost.site, "every": cost.every}
                 for cost, rounds in self.entries
             ],
         }
@@ -107,9 +144,10 @@ class PrivacyLedger:
             content = json.loads(text)
             if content.pop("digest") != _digest(content) or content["format"] != _FORMAT:
                 raise FlJaxError(refusal)
-            ledger = cls(Unit(content["unit"]), NeighboringRelation[content["relation"]])
+            ledger = cls(Unit(content["unit"]), NeighboringRelation[content["relation"]], name=content["name"])
             for entry in content["entries"]:
-                ledger = ledger.spend(Cost(event_from_dict(entry["event"]), ledger.unit, entry["label"], entry["site"]), entry["rounds"])
+                cost = Cost(event_from_dict(entry["event"]), ledger.unit, entry["label"], entry["site"], entry["every"])
+                ledger = ledger.spend(cost, entry["rounds"])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise FlJaxError(refusal) from error
         return ledger
@@ -123,12 +161,62 @@ def client_cost(algorithm: "FederatedAlgorithm", sampling: "Sampling") -> Cost:
     event = checked(algorithm.client_event)
     sampled = checked(sampling.amplify(event))
     private = event != dp_accounting.NonPrivateDpEvent()
-    return Cost(sampled, Unit.CLIENT, describe(sampled) + (", no amplification by sampling" if private and sampled == event else ""))
+    period = f", once every {algorithm.client_period} rounds" if private and algorithm.client_period > 1 else ""
+    label = describe(sampled) + period + (f", {NOT_AMPLIFIED}" if private and sampled == event else "")
+    return Cost(sampled, Unit.CLIENT, label, every=algorithm.client_period)
 
 
-def open_ledger(cost: Cost, relation: NeighboringRelation | None = None) -> PrivacyLedger:
-    """An empty ledger for a cost. relation: default: the one under which its sampling is commonly accounted (natural_relation)."""
-    return PrivacyLedger(cost.unit, natural_relation(cost.event) if relation is None else relation)
+def record_costs(algorithm: "FederatedAlgorithm", sizes: Mapping[str, int]) -> tuple[Cost, ...]:
+    """What one round costs the records of each site: the steps of its private gradient, with what the sampling of records earns there.
+
+    sizes: the number of training records of each site by its name; a site without any takes no part and pays nothing. A site pays in
+    every round, whether or not it is in the cohort: what a sampling of sites would earn its records is not claimed.
+    """
+    return tuple(Cost(algorithm.record_event(size), Unit.RECORD, site=site) for site, size in sizes.items() if size > 0)
+
+
+def open_ledger(cost: Cost, relation: NeighboringRelation | None = None, name: str = "") -> PrivacyLedger:
+    """An empty ledger for a cost. relation: default: the one under which its sampling is commonly accounted (natural_relation). name: what a
+    unit is in the data."""
+    return PrivacyLedger(cost.unit, natural_relation(cost.event) if relation is None else relation, name=name)
+
+
+def coverage(ledger: PrivacyLedger) -> list[str]:
+    """What a ledger's epsilon is about and what it is not, as sentences for a report."""
+    relation = {
+        NeighboringRelation.ADD_OR_REMOVE_ONE: f"whether one {ledger.name} is there or not",
+        NeighboringRelation.REPLACE_ONE: f"what one {ledger.name} is, given that it is there",
+    }.get(ledger.relation, f"one {ledger.name} being replaced by nothing")
+    sentences = [
+        f"Epsilon hides {relation}" + (", at its site" if ledger.unit is Unit.RECORD else ", with all its records") + ".",
+        ("It covers the models that are sent, not these metrics, nor statistics that are shared in the clear, nor hyper-parameters that "
+         "were chosen by looking at data; numbers of records and of sites count as public."),
+        "Seeds are alternatives: epsilon is of one run, and publishing several adds up.",
+    ]
+    if ledger.unit is Unit.RECORD:
+        sentences.append("Every site pays in every round: the sampling of sites earns its records no amplification.")
+    elif any(NOT_AMPLIFIED in entry.cost.label for entry in ledger.entries):
+        sentences.append("Every site takes part in every round, or might: there is no amplification by sampling.")
+    return sentences
+
+
+def difference(stored: PrivacyLedger, planned: PrivacyLedger) -> str | None:
+    """How a stored ledger differs from the one that a run would have by its own account, as a clause; None where they agree."""
+    for what, there, here in (
+        ("unit", stored.unit, planned.unit), ("unit", stored.name, planned.name), ("relation", stored.relation.name, planned.relation.name),
+        ("number of costs", len(stored.entries), len(planned.entries)),
+    ):
+        if there != here:
+            return f"the {what} was {there} and is {here}"
+    for (old, rounds), (new, now) in zip(stored.entries, planned.entries, strict=True):
+        if old != new:
+            site = f" at {old.site}" if old.site is not None else ""
+            parted = [(old.label, new.label), (str(old.event), str(new.event)), (f"at {old.site}", f"at {new.site}"), (str(old.every), str(new.every))]
+            there, here = next(pair for pair in parted if pair[0] != pair[1])
+            return f"a round's cost{site} was {there} and is {here}"
+        if rounds != now:
+            return f"{rounds} rounds were spent on {old.label}, and not {now}"
+    return None
 
 
 def _digest(content: dict[str, Any]) -> str:
