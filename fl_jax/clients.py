@@ -131,8 +131,9 @@ class Sending(NamedTuple):
 def uplink(client: Client, transform: Uplink) -> Client:
     """`client`, whose messages go through `transform` before they leave the site (fl_jax.uplink); its metrics beside the client's own.
 
-    Event: the client's own where it is private, since what is done to its message afterwards costs nothing more; else the transform's,
-    which holds for all records of the site together, and so for one. In the ledger of records, the unit is then the whole site.
+    Record-level event: the client's own where it is private, since what is done to its message afterwards costs nothing more; else the
+    transform's, which holds for all records of the site together, and so for one. The transform's is also the client-level event of the
+    algorithm, unless the aggregator has one of its own.
     """
 
     def init(variables: Variables) -> tuple[PyTree, Sending]:
@@ -155,7 +156,7 @@ def uplink(client: Client, transform: Uplink) -> Client:
         own = client.event(num_records)
         return transform.event if own == dp_accounting.NonPrivateDpEvent() else own
 
-    return Client(init, begin, step, end, lambda shared, kept: client.model(shared, kept.client), client.batches, event)
+    return Client(init, begin, step, end, lambda shared, kept: client.model(shared, kept.client), client.batches, event, transform.event)
 
 
 def _no_metrics(gradient: Gradient) -> Metrics:

@@ -7,6 +7,7 @@ pytree, a site answers with a pseudo-gradient of exactly that structure, and eve
 from functools import partial
 from typing import Any, NamedTuple
 
+import dp_accounting
 import jax
 import jax.numpy as jnp
 import optax
@@ -105,7 +106,9 @@ def federate(
         size = trees.num_bytes(state.shared)  # a message has the structure of what is shared
         return size, size
 
-    return FederatedAlgorithm(init, round, model, payload, aggregator.event, client.event, aggregator.period)
+    # what is private in the server's hands, or else before it gets there
+    event = client.message_event if aggregator.event == dp_accounting.NonPrivateDpEvent() else aggregator.event
+    return FederatedAlgorithm(init, round, model, payload, event, client.event, aggregator.period)
 
 
 def device_mesh(axis: str, num_devices: int | None = None) -> Mesh | None:

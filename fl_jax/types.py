@@ -173,6 +173,7 @@ class Client(NamedTuple):
     model:   (shared, client_state) -> variables: what the site deploys; evaluation uses only this
     batches: the records of each step
     event:   (num_records) -> the record-level DpEvent of one round
+    message_event: the client-level DpEvent of one message for whoever sees it, where it is private before the server gets it
     """
 
     init: Callable[[Variables], tuple[PyTree, PyTree]]
@@ -182,6 +183,7 @@ class Client(NamedTuple):
     model: Callable[[PyTree, PyTree], Variables]
     batches: Batches
     event: Callable[[int], dp_accounting.DpEvent] = not_private
+    message_event: dp_accounting.DpEvent = dp_accounting.NonPrivateDpEvent()
 
 
 class Uplink(NamedTuple):

@@ -157,4 +157,5 @@ def test_a_distance_that_there_are_not_clients_enough_for_is_refused(size, separ
 
 def test_an_event_for_observers_who_see_the_cohort_is_not_amplified():
     event = mechanism.replacing(EVENT)
-    assert sampling.fixed_size(3, 50).amplify(event) == event == sampling.everyone().amplify(event)
+    for sampler in (sampling.everyone(), sampling.fixed_size(3, 50), sampling.poisson(0.1, 50), sampling.separated(2, 50, 9)):
+        assert sampler.amplify(event) == event

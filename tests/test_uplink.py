@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from fl_jax import algorithms, batches, clients, gradients, privacy, sampling, uplink
+from fl_jax import aggregators, algorithms, batches, clients, gradients, privacy, sampling, uplink
 from fl_jax.errors import FlJaxError
 from fl_jax.privacy import Cost, NeighboringRelation, PrivacyLedger, Unit
 from fl_jax.types import Cohort, Uplink
@@ -109,7 +109,12 @@ def test_an_uplink_keeps_its_state_at_its_site_beside_the_clients_own(normed_mod
 def test_the_event_is_for_replacing_all_that_a_site_holds(plain_model):
     algorithm = algorithms.fedavg(plain_model, optax.sgd(0.1), BATCHES, uplink=uplink.local_dp(CLIP, 4.0))
     event = algorithm.record_event(7)
-    assert algorithm.client_event == dp.NonPrivateDpEvent()  # of the server's sum nothing more is claimed
+    for sampler in (sampling.everyone(), sampling.fixed_size(2, N), sampling.poisson(0.5, N), sampling.poisson(0.5, N, capacity=4)):
+        cost = privacy.client_cost(algorithm, sampler)
+        assert cost.event == event and cost.unit is Unit.CLIENT  # no sampling amplifies what is seen message by message
+    aggregated = algorithms.fedavg(
+        plain_model, optax.sgd(0.1), BATCHES, uplink=uplink.local_dp(CLIP, 4.0), aggregator=aggregators.private_mean(1.0, 2.0, 3))
+    assert aggregated.client_event == dp.GaussianDpEvent(2.0)
     replaced, added = (PrivacyLedger(Unit.RECORD, relation).spend(Cost(event, Unit.RECORD), 5).epsilon(1e-5)
                        for relation in (NeighboringRelation.REPLACE_ONE, NeighboringRelation.ADD_OR_REMOVE_ONE))
     half = PrivacyLedger(Unit.RECORD, NeighboringRelation.ADD_OR_REMOVE_ONE).spend(Cost(dp.GaussianDpEvent(2.0), Unit.RECORD), 5)
