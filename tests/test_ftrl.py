@@ -207,7 +207,12 @@ def test_a_sampler_that_does_not_keep_clients_apart_costs_infinitely_much(plain_
 def test_a_sampler_that_keeps_them_apart_makes_it_one_gaussian_a_period(plain_model, sampler):
     algorithm = algorithm_of(plain_model, aggregators.tree(4))
     assert algorithm.client_period == 4
-    assert privacy.client_cost(algorithm, sampler).event == dp.GaussianDpEvent(2.0)
+    cost = privacy.client_cost(algorithm, sampler)
+    assert cost.event == dp.GaussianDpEvent(2.0)
+    ledger = privacy.open_ledger(cost)
+    for rounds, times in ((1, 1), (4, 1), (5, 2), (9, 3)):  # the most often that a client can have taken part
+        gaussians = ledger.spend(Cost(dp.GaussianDpEvent(2.0), Unit.CLIENT), times)
+        assert ledger.spend(cost, rounds).epsilon(1e-5) == gaussians.epsilon(1e-5) > 0
 
 
 def test_other_events_stay_what_they_are():
