@@ -4,6 +4,7 @@ from dp_accounting import NeighboringRelation
 
 from fl_jax.privacy.accounting import CONVERSION, Accountant, natural_relation, sensitivity
 from fl_jax.privacy.budget import Account, Budget, Guarantee
+from fl_jax.privacy.calibration import calibrate
 from fl_jax.privacy.events import describe
 from fl_jax.privacy.ledger import Cost, Entry, PrivacyLedger, Unit, client_cost, coverage, difference, open_ledger, record_costs
 
@@ -18,6 +19,7 @@ __all__ = [
     "NeighboringRelation",
     "PrivacyLedger",
     "Unit",
+    "calibrate",
     "client_cost",
     "coverage",
     "describe",

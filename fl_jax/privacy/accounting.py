@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import dp_accounting
@@ -27,8 +28,8 @@ Spent = Sequence[tuple[dp_accounting.DpEvent, int]]
 
 _UNKNOWN = (dp_accounting.UnsupportedEventError, ArithmeticError, ValueError)
 _TINY = 1e-6  # a Gaussian with less noise than this, in sensitivities, promises nothing
-_PLD_INTERVAL = 1e-4  # dp_accounting's default, good to three digits for an epsilon up to this ...
-_PLD_INTERVAL_EPSILON = 10.0  # ... and in proportion above it, or the memory of a useless guarantee has no bound
+PLD_INTERVAL = 1e-4  # dp_accounting's default, good to three digits for an epsilon up to this ...
+_FINE_EPSILON = 10.0  # ... and in proportion above it, or the memory of a useless guarantee has no bound
 _RARE = 0.05  # the share of delta up to which the chance that a sample is cut is simply taken out of it
 
 
@@ -50,11 +51,13 @@ def sensitivity(relation: NeighboringRelation) -> int:
     return 2 if relation is NeighboringRelation.REPLACE_ONE else 1
 
 
-def epsilon(spent: Spent, relation: NeighboringRelation, delta: float, accountant: Accountant = Accountant.RDP) -> float:
+def epsilon(
+    spent: Spent, relation: NeighboringRelation, delta: float, accountant: Accountant = Accountant.RDP, interval: float = PLD_INTERVAL
+) -> float:
     """Epsilon at delta of all events together, each as many times as it was spent.
 
-    By RDP one round's vector of divergences is computed once per process and scaled: .1 ms from then on. By PLD .2 s, and .05 s for
-    another number of rounds. Infinity where an event is not private or this accountant cannot account for it under this relation.
+    By RDP one round's vector of divergences is computed once per process and scaled: .1 ms from then on. By PLD .5 s, and .1 s for
+    another number of rounds. interval: of the grid of privacy losses, for PLD; a coarser one is faster and its epsilon larger. Infinity where an event is not private or this accountant cannot account for it under this relation.
     Raises FlJaxError for a delta outside (0, 1).
 
     Poisson samples that are cut to a capacity c (TruncatedSubsampledGaussianDpEvent of n records) cost what plain Poisson samples cost,
@@ -69,10 +72,11 @@ def epsilon(spent: Spent, relation: NeighboringRelation, delta: float, accountan
     """
     if not 0 < delta < 1:
         raise FlJaxError(f"delta must lie between 0 and 1, and is {delta}: choose it well below 1 / (number of units).")
-    by = _epsilon_by_rdp if Accountant(accountant) is Accountant.RDP else _epsilon_by_pld
+    by_pld = Accountant(accountant) is Accountant.PLD
+    by = partial(_epsilon_by_pld, interval=interval) if by_pld else _epsilon_by_rdp
     flat = _added(part for event, count in spent if count > 0 for part in _parts(event, count, relation))
     cut = sum(count * _cut(event) for event, count in flat)
-    if by is _epsilon_by_pld and cut > _RARE * delta:
+    if by_pld and cut > _RARE * delta:
         return max(by([(_resized(event, more), count) for event, count in flat], relation, delta) for more in (0, 1))
     return by(_added((_uncut(event), count) for event, count in flat), relation, delta - cut) if cut < delta else math.inf
 
@@ -179,7 +183,7 @@ def _orders() -> np.ndarray:
     return rdp.RdpAccountant().orders
 
 
-def _epsilon_by_pld(spent: Spent, relation: NeighboringRelation, delta: float) -> float:
+def _epsilon_by_pld(spent: Spent, relation: NeighboringRelation, delta: float, interval: float) -> float:
     precisions = [precision(event) for event, _ in spent]
     if None not in precisions:  # Gaussians without sampling compose to one Gaussian
         total = sum(count * (value or 0.0) for value, (_, count) in zip(precisions, spent, strict=True))
@@ -189,7 +193,7 @@ def _epsilon_by_pld(spent: Spent, relation: NeighboringRelation, delta: float) -
     if not math.isfinite(rough):
         return math.inf
     # in steps of 2, so that a run whose epsilon grows seldom needs its distributions anew
-    interval = _PLD_INTERVAL * 2.0 ** max(0, math.ceil(math.log2(max(rough, 1.0) / _PLD_INTERVAL_EPSILON)))
+    interval *= 2.0 ** max(0, math.ceil(math.log2(max(rough, 1.0) / _FINE_EPSILON)))
     try:
         plds = [_pld(event, count, relation, interval) for event, count in spent]
         if all(one is not None for one in plds):
