@@ -98,8 +98,8 @@ def datasets(config: Config) -> list[FederatedDataset]:
     return [table.dataset(seed, test=0.4, unseen=config.unseen) for seed in range(config.seeds)]
 
 
-def arms_of(config: Config, model: Model, num_sites: int) -> tuple[list[training.Arm], dict[str, privacy.PrivacyLedger]]:
-    """What is compared, all with the same client, budget and learning rate; and what each private arm spends."""
+def arms_of(config: Config, model: Model, num_sites: int) -> tuple[list[training.Arm], dict[str, list[privacy.Guarantee]]]:
+    """What is compared, all with the same client, budget and learning rate; and what each private arm promises."""
     optimizer = optax.sgd(config.learning_rate)
     work = batches.epochs(config.epochs, config.batch_size)
     private_cohort = sampling.everyone(sampling.equal)
@@ -122,12 +122,10 @@ def arms_of(config: Config, model: Model, num_sites: int) -> tuple[list[training
             "FedAdam", lambda _: algorithms.fedadam(model, optimizer, work, server_learning_rate=config.server_learning_rate), everyone),
         training.Arm("FedBN", lambda _: algorithms.fedbn(model, optimizer, work), everyone),
     ]
-    ledgers = {}
-    for name, noise in (("DP, weak", config.weak_noise), ("DP, strong", config.strong_noise)):
-        arms.append(training.Arm(name, partial(private, noise), lambda sites: private_cohort))
-        cost = privacy.client_cost(private(noise), private_cohort)
-        ledgers[name] = privacy.open_ledger(cost).spend(cost, config.rounds)
-    return arms, ledgers
+    promised = [privacy.Guarantee(privacy.Unit.CLIENT, config.delta, name="site", accountant=quickstart_report.ACCOUNTANT)]
+    noises = {"DP, weak": config.weak_noise, "DP, strong": config.strong_noise}
+    arms += [training.Arm(name, partial(private, noise), lambda sites: private_cohort) for name, noise in noises.items()]
+    return arms, dict.fromkeys(noises, promised)
 
 
 def run(config: Config) -> None:
@@ -142,9 +140,11 @@ def run(config: Config) -> None:
         study = training.Study(
             model, stack(federations), first.site_names, first.unseen_names, config.rounds, config.evaluate_every, chunk=64,
             mesh=sweep.run_mesh())
-        arms, ledgers = arms_of(config, model, first.num_sites)
+        arms, promised = arms_of(config, model, first.num_sites)
         seeds = list(range(config.seeds))
-        fits = training.fit(study, arms, seeds, training.seeds_of(seeds, stacked=True), folder=folder, resume=config.resume)
+        fits = training.fit(
+            study, arms, seeds, training.seeds_of(seeds, stacked=True), folder=folder, resume=config.resume, privacy=promised)
+        ledgers = {name: fits[name].ledgers[0][0] for name in promised}  # of one run: all seeds have spent the same
         quickstart_report.conclude(folder, first, fits, ledgers, config, time.perf_counter() - began)
 
 

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fl_jax.data import FederatedDataset, describe, label_distribution
-from fl_jax.privacy import CONVERSION, Accountant, PrivacyLedger
+from fl_jax.privacy import CONVERSION, Accountant, PrivacyLedger, coverage
 from fl_jax.results import (
     Column,
     Missing,
@@ -196,10 +196,10 @@ def privacy_reading(
             f"long as the mean update, {100 * means['clipped']:.0f} % of the updates were clipped.")
     sentences.append(
         f"{dataset.num_sites} sites cannot hide one of them and learn much: the noise that hides a site is spread over {dataset.num_sites} "
-        f"only, every site takes part in every round (no amplification), and {config.rounds} rounds add up.")
+        f"only, and {config.rounds} rounds add up.")
+    sentences += coverage(next(iter(ledgers.values())))
     sentences.append(
-        f"Epsilon is by {CONVERSION[ACCOUNTANT]}. It covers the models that are sent, not these metrics, nor the choice of "
-        "hyper-parameters. BatchNorm statistics stay at the sites in the private arms, which alone changes accuracy.")
+        f"Epsilon is by {CONVERSION[ACCOUNTANT]}. BatchNorm statistics stay at the sites in the private arms, which alone changes accuracy.")
     return sentences
 
 
