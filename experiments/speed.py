@@ -3,6 +3,7 @@
     python -m experiments.speed --workload W1 --rounds 20              a report
     python -m experiments.speed --workload W1 --rounds 20 --json       one line, a JSON object
     python -m experiments.speed --workload W4 --seeds 5                also five seeds in one program, in units of a single run
+    python -m experiments.speed --private                              what DP-SGD at the sites costs, in units of plain rounds
 
 Workloads: W1 2NN, 100 clients x 600 records, 10 a round, batch 10, lr .1. W2 EMNIST CNN, 340 clients of log-normal sizes, 10 a round,
 batch 20, lr .05. W3 CIFAR-10 CNN with dropout, 1,000 clients x 50, 50 a round, batch 10, lr .1, unweighted. W4 logistic regression on
@@ -12,6 +13,9 @@ floor_ratio is the floor's time over ours for the same number of SGD steps of th
 turn. The floor (experiments.speed_floor) is one jitted loop without anything federated, on one device, in the fastest form of several.
 It may be above 1: the floor's one chain of steps cannot use what lanes and devices use. Expected on 2 cores: W1 1.3, W2 .85, W3 .75,
 W4 1.1, a minute each. Times mean something on a machine that does nothing else.
+
+--private (experiments.speed_private): the 2NN with batches of 10 and 100 and W2's CNN with 20 and 60, with noise and without. On a CPU the
+noise of a step takes about 3 ns a parameter, whatever the batch: without it a private step should cost 1.0 to 1.2 plain ones.
 """
 
 import contextlib
@@ -47,6 +51,8 @@ class Config(cli.Common):
     """pairs of measurements, ours and the floor's"""
     seeds: int = 1
     """above 1: times also so many seeds in one program"""
+    private: bool = False
+    """measures what private gradients cost instead, on W1 and W2 (--quick: W4)"""
     json: bool = False
     """print one line, a JSON object"""
 
@@ -56,6 +62,8 @@ class Config(cli.Common):
                 raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
         if self.lanes != "auto" and self.lanes < 1:
             raise FlJaxError(f"lanes must be auto, or 1 or more, and is {self.lanes}.")
+        if self.private and (self.data is not None or self.seeds > 1):
+            raise FlJaxError("--private measures generated records and one seed; leave --data and --seeds out.")
         if self.resume:
             raise FlJaxError("A measurement of speed cannot be resumed; start it anew.")
         if self.tensorboard:
@@ -69,11 +77,16 @@ class Config(cli.Common):
 def run(config: Config) -> None:
     """Measures, prints, and writes the run folder where there is one."""
     from experiments.speed_measure import measure  # jax, which --help does without
+    from experiments.speed_private import SETTINGS, measure_private
 
     to_stderr = _say if sys.stderr.isatty() else _quiet
     with contextlib.nullcontext() if config.out is None else cli.run_folder(config, "speed") as folder:
-        measured = measure(config.workload, config.rounds, config.warmup, config.data, config.lanes, config.pairs, config.seeds, to_stderr)
-        print(json.dumps({name: _number(value) for name, value in measured.items()}) if config.json else report(measured))
+        if config.private:
+            measured = measure_private(SETTINGS[config.quick], config.rounds, 2 if config.lanes == "auto" else config.lanes, config.pairs, to_stderr)
+            print(json.dumps(measured) if config.json else private_report(measured))
+        else:
+            measured = measure(config.workload, config.rounds, config.warmup, config.data, config.lanes, config.pairs, config.seeds, to_stderr)
+            print(json.dumps({name: _number(value) for name, value in measured.items()}) if config.json else report(measured))
         if folder is not None:
             folder.write_summary(measured)
 
@@ -95,6 +108,17 @@ def report(measured: dict[str, Any]) -> str:
     if "seeds" in m:
         lines["seeds"] = f"{m['seeds']} in one program take {m['seeds_ratio']:.2f} single runs"
     return "\n".join([f"{m['workload']}: {m['title']}", *(f"  {label:<15} {text}" for label, text in lines.items())])
+
+
+def private_report(measured: dict[str, Any]) -> str:
+    """What private gradients cost, in words."""
+    lines = [f"private steps in units of plain ones, {measured['devices']} devices x {measured['lanes']} lanes"]
+    for row in measured["private"]:
+        spread = f"({min(row['ratios']):.2f} to {max(row['ratios']):.2f} in {len(row['ratios'])} pairs)"
+        name = f"{row['workload']}, batch {row['batch']}"
+        lines.append(f"  {name:<15} private_over_plain {row['private_over_plain']:.2f} {spread}, without noise "
+                     f"{row['private_over_plain_without_noise']:.2f}; a plain step {1e3 * row['plain_s'] / row['steps']:.3g} ms")
+    return "\n".join(lines)
 
 
 def _number(value: Any) -> Any:

@@ -16,7 +16,7 @@ from experiments.speed_workloads import Work, generate, load
 from fl_jax import algorithms, batches, core, evaluation, sampling, sweep, trees, tuning
 from fl_jax.core import Engine
 from fl_jax.results.environment import peak_memory
-from fl_jax.types import Array, Batches, Cohort, FederatedAlgorithm, Key, PyTree, Sites, State, Variables
+from fl_jax.types import Array, Batches, Cohort, FederatedAlgorithm, Gradient, Key, PyTree, Sites, State, Variables
 
 SLICE_SECONDS = 2.0  # a measurement of a pair lasts about so long, in whole rounds
 CHUNK = 100  # records predicted at once
@@ -24,11 +24,11 @@ MIB = 2**20
 
 
 class Rounds:
-    """FedAvg on a work: any number of rounds is one call of one compiled program."""
+    """FedAvg on a work: any number of rounds is one call of one compiled program. gradient: the sites' oracle; the plain one by default."""
 
-    def __init__(self, work: Work, engine: Engine):
+    def __init__(self, work: Work, engine: Engine, gradient: Gradient | None = None):
         self.work = work._replace(sites=core.on_every_device(work.sites, engine.mesh))
-        self.algorithm = fedavg(work, engine)
+        self.algorithm = fedavg(work, engine, gradient)
         self._mesh = engine.mesh
         self._cohorts = core.on_every_device(jnp.asarray(work.cohorts), engine.mesh)
         self._run = jax.jit(self._loop)
@@ -90,9 +90,9 @@ class Rounds:
         return jax.jit(evaluate)
 
 
-def fedavg(work: Work, engine: Engine) -> FederatedAlgorithm:
+def fedavg(work: Work, engine: Engine, gradient: Gradient | None = None) -> FederatedAlgorithm:
     """FedAvg as a workload prescribes it."""
-    return algorithms.fedavg(work.model, optax.sgd(work.workload.learning_rate), local_batches(work), engine=engine)
+    return algorithms.fedavg(work.model, optax.sgd(work.workload.learning_rate), local_batches(work), gradient=gradient, engine=engine)
 
 
 def local_batches(work: Work) -> Batches:

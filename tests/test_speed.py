@@ -13,6 +13,7 @@ import pytest
 
 from experiments import cli, speed, speed_floor
 from experiments.speed_measure import measure
+from experiments.speed_private import measure_private
 from experiments.speed_workloads import WORKLOADS, generate, load
 from fl_jax import algorithms, models
 from fl_jax.errors import FlJaxError
@@ -108,6 +109,15 @@ def test_the_floor_is_plain_sgd_whatever_its_form():
             np.testing.assert_allclose(after[leaf], expected[leaf], atol=1e-6)
 
 
+def test_the_price_of_privacy_is_that_of_the_same_rounds_with_another_gradient():
+    """W4's rounds, which take as many steps whatever the gradient; a private one cannot be free."""
+    measured = measure_private([("W4", 10)], rounds=1, lanes=2, pairs=1, say=lambda sentence: None)
+    (row,) = measured["private"]
+    assert row["workload"] == "W4" and row["batch"] == 10 and row["private_over_plain"] == row["ratios"][0]
+    assert row["steps"] == row["private_steps"] > 0 and row["private_over_plain"] > 0.5 and row["private_over_plain_without_noise"] > 0.5
+    assert "W4, batch 10" in speed.private_report(measured)
+
+
 @pytest.mark.parametrize("name, parameters, records", [("W1", 199_210, 60_000), ("W2", 1_690_046, None), ("W3", 1_626_442, 50_000), ("W4", 610, None)])
 def test_generated_work_has_the_published_shape(name, parameters, records):
     work = generate(name, 2)
@@ -177,7 +187,7 @@ def test_the_command_line_reads_as_in_the_readme():
 
 def test_every_workload_is_fedavg(monkeypatch):
     seen = {}
-    monkeypatch.setattr(algorithms, "fedavg", lambda model, optimizer, local, engine: seen.update(size=local.size, steps=local.steps(jnp.int32(45))))
+    monkeypatch.setattr(algorithms, "fedavg", lambda model, optimizer, local, gradient, engine: seen.update(size=local.size, steps=local.steps(jnp.int32(45))))
     from experiments.speed_measure import fedavg
     from fl_jax.core import Engine
 

@@ -129,7 +129,8 @@ class _Materialised:
         self.norm = jnp.sqrt(jnp.sum(gradient.reshape(gradient.shape[0], -1) ** 2, axis=1))
 
     def sum(self, factors: Array) -> Array:
-        return _product(factors, _kept(factors, self.gradient))
+        rows = self.gradient.reshape(self.gradient.shape[0], -1)  # a CPU is slow at products of more than two axes
+        return _product(factors[:, None], _kept(factors, rows)).reshape(self.gradient.shape[1:])
 
 
 class _Product:
