@@ -16,7 +16,7 @@ import optax
 import pandas as pd
 import pytest
 
-from fl_jax import aggregators, algorithms, batches, models, privacy, sampling, spending, training
+from fl_jax import aggregators, algorithms, batches, gradients, models, privacy, sampling, spending, training
 from fl_jax.checkpoint import Checkpoints
 from fl_jax.data import FederatedDataset, Records, stack
 from fl_jax.errors import FlJaxError
@@ -268,12 +268,14 @@ def test_a_digest_of_other_rounds_is_found_out_too(whole):
         spending.check_meta("DP", forgotten, planned, 4)
 
 
-def recording(rate, num_steps, noise):
-    """An algorithm that states what records pay, of batches that are drawn by coins."""
-    work = batches.poisson(rate, num_steps, max(SIZES))
-    return training.Arm(
-        "DP", lambda hyper: algorithms.fedavg(MODEL, optax.sgd(0.1), work)._replace(
-            record_event=lambda n: work.account(dp.GaussianDpEvent(noise), n)), lambda sites: sampling.everyone())
+def recording(rate, num_steps, noise, max_records=12):
+    """DP-SGD at the sites on batches that are drawn by coins."""
+    work = batches.poisson(rate, num_steps, max_records)
+
+    def build(hyper):
+        return algorithms.fedavg(MODEL, optax.sgd(0.1), work, gradient=gradients.private(MODEL, 1.0, noise))
+
+    return training.Arm("DP", build, lambda sites: sampling.everyone())
 
 
 def test_records_pay_at_their_sites_and_the_worst_site_counts():
@@ -291,9 +293,24 @@ def test_records_pay_at_their_sites_and_the_worst_site_counts():
     assert set(worst) == {(1, "epsilon_record_rdp"), (2, "epsilon_record_rdp"), (2, "epsilon_record_pld")}
     assert worst[2, "epsilon_record_rdp"] == max(row.value for row in rows if row.site in SITES and row.metric == "epsilon_record_rdp")
     with pytest.raises(FlJaxError, match="A site has 12 records, .* made for 5"):
-        small = batches.poisson(0.25, 4, 5)
-        spending.spending_of(study(), made._replace(build=lambda hyper: made.build(hyper)._replace(
-            record_event=lambda n: small.account(dp.GaussianDpEvent(2.0), n))), runs(), [promised])
+        spending.spending_of(study(), recording(0.25, 4, 2.0, 5), runs(), [promised])
+
+
+def test_dp_sgd_at_the_sites_ends_within_the_budget_of_the_worst_site(monkeypatch, tmp_path, capsys):
+    kept = []
+    monkeypatch.setattr(training, "compile_arms", lambda *arguments: kept[0] if kept else kept.append(original(*arguments)) or kept[0])
+    made = recording(0.25, 2, 2.0)
+    planned = spending.spending_of(study(), made, runs(), [Guarantee(Unit.RECORD, DELTA)])
+    worst = {rounds: max(planned.accounts[0][0].after(rounds).epsilons(DELTA).values()) for rounds in (1, 2, 3, 4)}
+    limited = Guarantee(Unit.RECORD, budget=Budget((worst[3] + worst[4]) / 2, DELTA), name="stay")
+    found = fit(tmp_path, [limited], made=made)
+    assert f"the budget of each stay, epsilon {limited.budget.epsilon:g} at delta 1e-05 by RDP, allows 3 of 6 rounds" in capsys.readouterr().err
+    assert epsilons(load_metrics(tmp_path), "epsilon_record_rdp", "worst") == {t: worst[t] for t in (1, 2, 3)}
+    for site in SITES:
+        assert set(epsilons(found.rows, "epsilon_record_rdp", site)) == {2, 3}
+    assert found.ledgers[0][0].epsilon(DELTA) == worst[3] and found.ledgers[0][0].name == "stay"
+    with pytest.raises(FlJaxError, match=r"a round's cost at north was 2 times \(Gaussian noise of 2 clips, .* and is 2 times \(.* at rate 0.2 of 12"):
+        fit(tmp_path, [limited], made=recording(0.2, 2, 2.0))
 
 
 def test_runs_of_other_noise_have_ledgers_of_their_own_and_the_tightest_limits_all():
