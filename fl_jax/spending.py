@@ -81,18 +81,23 @@ def within_budget(arm: Arm, spending: Spending, rounds: int) -> tuple[Arm, str]:
 def epsilon_rows(labels: Sequence[Label], first: int, last: int, spending: Spending) -> Iterator[MetricRow]:
     """Rows of split "round" for rounds first to last: epsilon_UNIT_rdp after each ("all" clients, or the records of the "worst" site), and
     after the last one also that of each site's records, and epsilon_UNIT_pld where a guarantee or its budget is by PLD."""
-    for label, index in zip(labels, spending.of_run, strict=False):
-        for account in spending.accounts[index]:
-            for after in range(first, last + 1):
-                for accountant in Accountant if after == last else (Accountant.RDP,):
-                    if accountant is Accountant.RDP or account.by_pld:
-                        metric = f"epsilon_{account.opening.unit}_{accountant}"
-                        found = _epsilons(account, after, accountant)
-                        everybody = "all" if account.opening.unit is Unit.CLIENT else "worst"
-                        yield MetricRow(*label, after, "round", everybody, metric, max(found.values()))
-                        for site, value in found.items() if after == last else ():
-                            if site is not None:
-                                yield MetricRow(*label, after, "round", site, metric, value)
+    tables = [[entry for account in own for entry in _measured(account, first, last)] for own in spending.accounts]
+    for label, index in zip(labels, spending.of_run, strict=False):  # an arm that promises nothing has no accounts
+        for after, site, metric, value in tables[index]:
+            yield MetricRow(*label, after, "round", site, metric, value)
+
+
+def _measured(account: Account, first: int, last: int) -> Iterator[tuple[int, str, str, float]]:
+    """(round, site, metric, epsilon) for `epsilon_rows`."""
+    everybody = "all" if account.opening.unit is Unit.CLIENT else "worst"
+    for after in range(first, last + 1):
+        for accountant in Accountant if after == last and account.by_pld else (Accountant.RDP,):
+            metric = f"epsilon_{account.opening.unit}_{accountant}"
+            found = _epsilons(account, after, accountant)
+            yield after, everybody, metric, max(found.values())
+            for site, value in found.items() if after == last else ():
+                if site is not None:
+                    yield after, site, metric, value
 
 
 def worst_epsilon(spending: Spending, rounds: int) -> float | None:

@@ -160,6 +160,15 @@ def test_a_capacity_keeps_a_uniformly_random_subset():
     assert stats.chisquare(found).pvalue > 1e-3
 
 
+def test_a_capacity_that_is_exceeded_as_often_as_the_accounting_forgives_keeps_any_subset_and_a_smaller_one_a_random_one():
+    """The order of a batch tells which: heads come in the order of the records, a random subset in none."""
+    for capacity, ranked in ((poisson.slots(0.3, 400, 1e-9), False), (poisson.slots(0.3, 400, 1e-9) - 1, True)):
+        work = batches.poisson(0.3, 1, 400, capacity=capacity)
+        index, mask = work.draw(work.order(KEY, jnp.int32(400)), jnp.int32(0))
+        found = np.asarray(index)[np.asarray(mask) > 0]
+        assert len(found) > 50 and (np.diff(found) > 0).all() == (not ranked)
+
+
 @pytest.mark.parametrize("rate, n, failure", [(0.01, 60_000, 1e-12), (0.3, 5, 1e-12), (1e-4, 1_000, 1e-30), (0.5, 10**6, 1e-3), (1.0, 7, 0.5)])
 def test_slots_are_the_fewest_that_suffice(rate, n, failure):
     c = poisson.slots(rate, n, failure)

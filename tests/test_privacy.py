@@ -354,6 +354,12 @@ def test_samples_that_are_often_cut_are_accounted_by_privacy_losses_for_both_num
     found = ledger_of(event, 4).epsilon(DELTA, PLD)
     assert found == pytest.approx(max(by_dp_accounting), rel=1e-6) and ledger_of(event, 4).epsilon(DELTA) == math.inf
     assert found > ledger_of(dp.PoissonSampledDpEvent(0.2, dp.GaussianDpEvent(6.0)), 4).epsilon(DELTA, PLD)
+    # a sample that is hardly ever cut may be cut anyhow: this analysis does not hold for it, alone or beside others
+    seldom, cut = truncated(50, 0.2, 31, 6.0), binom.sf(30, 50, 0.2)
+    assert ledger_of(seldom, 4).epsilon(3 * cut, PLD) == math.inf
+    both = dp.pld.PLDAccountant(ADD).compose(truncated(51, 0.2, 11, 6.0), 4).compose(dp.PoissonSampledDpEvent(0.2, dp.GaussianDpEvent(6.0)), 2)
+    mixed = ledger_of(event, 4).spend(Cost(seldom, Unit.CLIENT), 2)
+    assert mixed.epsilon(DELTA, PLD) == pytest.approx(both.get_epsilon(DELTA - 2 * cut), rel=1e-6)
     full = truncated(10, 1.0, 5, 9.0)  # with fewer records each is kept more often, so that n counts and not n + 1
     assert ledger_of(full, 4).epsilon(DELTA, PLD) == pytest.approx(
         dp.pld.PLDAccountant(ADD).compose(full, 4).get_epsilon(DELTA), rel=1e-6)

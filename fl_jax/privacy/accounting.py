@@ -30,6 +30,7 @@ _UNKNOWN = (dp_accounting.UnsupportedEventError, ArithmeticError, ValueError)
 _TINY = 1e-6  # a Gaussian with less noise than this, in sensitivities, promises nothing
 PLD_INTERVAL = 1e-4  # dp_accounting's default, good to three digits for an epsilon up to this ...
 _FINE_EPSILON = 10.0  # ... and in proportion above it, or the memory of a useless guarantee has no bound
+CUT_ANYHOW = 1e-9  # a sample that is cut with at most this probability a step need not be cut to a uniformly random subset
 _RARE = 0.05  # the share of delta up to which the chance that a sample is cut is simply taken out of it
 
 
@@ -66,19 +67,24 @@ def epsilon(
     it has one probability on both neighbours, and outside of it neither sample is cut. Given any coins of the others outside of F, all
     steps together are (epsilon, delta_Poisson(epsilon)) indistinguishable, since the bounds for Poisson samples (RDP: Mironov et al. 2019,
     Theorem 4; PLD: Zhu et al. 2022, Theorem 11) hold for each outcome of these coins and are then averaged. So
-    P[M(D) in S] <= e^epsilon P[M(D') in S] + delta_Poisson(epsilon) + p. Where p takes more than a twentieth of delta, PLD uses
-    dp_accounting's own analysis of that event, which needs the kept records to be a uniformly random subset of the sample (arXiv
-    2508.15089), for n and for n + 1 records; RDP has none, and infinity where p >= delta.
+    P[M(D) in S] <= e^epsilon P[M(D') in S] + delta_Poisson(epsilon) + p, whatever is kept of a sample that is cut. Where p takes more than a
+    twentieth of delta, PLD uses dp_accounting's own analysis of that event, for n and for n + 1 records, if a step is cut with a probability
+    above CUT_ANYHOW: it needs the kept records to be a uniformly random subset of the sample (arXiv 2508.15089), which samplers promise
+    then. Otherwise, and by RDP, epsilon is infinite where p >= delta.
     """
     if not 0 < delta < 1:
         raise FlJaxError(f"delta must lie between 0 and 1, and is {delta}: choose it well below 1 / (number of units).")
     by_pld = Accountant(accountant) is Accountant.PLD
     by = partial(_epsilon_by_pld, interval=interval) if by_pld else _epsilon_by_rdp
     flat = _added(part for event, count in spent if count > 0 for part in _parts(event, count, relation))
-    cut = sum(count * _cut(event) for event, count in flat)
-    if by_pld and cut > _RARE * delta:
-        return max(by([(_resized(event, more), count) for event, count in flat], relation, delta) for more in (0, 1))
-    return by(_added((_uncut(event), count) for event, count in flat), relation, delta - cut) if cut < delta else math.inf
+    cut = {event: count * _cut(event) for event, count in flat}
+    native = {event for event in cut if _cut(event) > CUT_ANYHOW} if by_pld and sum(cut.values()) > _RARE * delta else set()
+    left = delta - sum(value for event, value in cut.items() if event not in native)
+    if left <= 0:
+        return math.inf
+    return max(
+        by(_added((_resized(event, more) if event in native else _uncut(event), count) for event, count in flat), relation, left)
+        for more in ((0, 1) if native else (0,)))
 
 
 def _parts(event: dp_accounting.DpEvent, count: int, relation: NeighboringRelation) -> Iterable[tuple[dp_accounting.DpEvent, int]]:
