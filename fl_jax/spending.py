@@ -2,7 +2,8 @@
 
 Costs are what the algorithm and the samplers state of themselves, never given a second time. They do not depend on data, so that the
 rounds which a budget allows are known before the first, and the ledger after a round is a function of the number of rounds: a run that is
-killed and repeats rounds, with the same randomness, has the same output and has spent the same.
+killed and repeats rounds, with the same randomness, has the same output and has spent the same. That is so for the same records: who
+changes them in between and publishes both models has used one noise twice, which no ledger sees.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
