@@ -12,6 +12,13 @@ Every method tries equally many pairs of client and server rate, on federations 
 client's images; a pair is chosen by the accuracy on these in the last fifth of the rounds, and those federations have no test
 images. What is reported is the accuracy on the official test set in the last fifth of the rounds, of fresh seeds, each with its
 own partition, initial weights and cohorts, which the methods share. All points of a grid are rows of one program a method.
+
+20 minutes of CPU time in full, 100 s in quick form, most of the latter compilation: half of that on two cores that are free; 3.7
+GB of memory. Expected, test accuracy with Dir(.1) / without skew: FedAvg .718 / .836 (its best server rate is 1 in both), FedAvgM
+.728 / .856, FedAdagrad .758 / .846, FedAdam .730 / .859, FedYogi .742 / .859. With skew only FedAdagrad is clearly above FedAvg
+(+.039), the others by .01 to .02 with intervals that reach below 0; without skew all are, by .011 to .024, since they train faster.
+Of all chosen rates one is on the edge of its grid, FedAvgM's client rate without skew, .0316; with .01 no server rate of the grid is
+better there (.861 against .862 on validation images).
 Data: `python -m fl_jax.data prepare fashion_mnist`.
 """
 
@@ -83,7 +90,7 @@ class Config(cli.Common):
     seeds: int = 5
     """seeds of the results"""
     tuning_seeds: int = 1
-    """seeds of the grid, which are others"""
+    """seeds of the grid, which are others; of one, the best few pairs are told apart by its cohorts' noise"""
     validation: float = 0.1
     """share of a client's images that the grid is judged by"""
     client_rates: tuple[float, ...] = decades(-3, -2, -1, 0)

@@ -43,6 +43,18 @@ FEDAVG, PLAIN, IID = "FedAvg", "FedAvg, server rate 1", "IID"
 NEAR = 0.02
 """a point of a grid is near its best where its validation accuracy is less than this below it"""
 _PAPER = "arXiv 2003.00295, Table 1"
+_FASTER = {
+    "FedAvgM": (
+        "momentum trains faster without skew too: on other seeds' validation images FedAvg has after 300 rounds (.856) about what "
+        "FedAvgM has after 150 (.859), and the difference is .021 after 150 rounds and .011 after 450"),
+    "FedAdam": (
+        "it trains faster without skew too: on other seeds' validation images FedAvg has after 300 rounds (.856) less than FedAdam "
+        "has after 150 (.863), and the difference is .025 after 150 rounds and .016 after 450"),
+}
+_ONE_SEED = (
+    "one seed of the grid does not tell FedAdam's best rates apart with skew: client and server rate .316 and .01 have .782 there, "
+    "as .1 and .0032 have; on six other seeds' validation images the former gain .000 [-.024, .024] over FedAvg, the latter .025 "
+    "[.009, .042]")
 _FRAME = {"boxstyle": "square,pad=0.25", "facecolor": "none", "edgecolor": "#D55E00", "linewidth": 1.6}
 _difference = with_bounds(signed())
 Grids = Mapping[str, Mapping[str, "Tried"]]
@@ -97,17 +109,18 @@ def _stated(config: "Config") -> Iterator[tuple[Claim, Law]]:
         f"FedAvg minus plain averaging, {where}", "own bar", 0.0, Direction.AT_LEAST, 0.01,
         "plain averaging is in FedAvg's grid: it can be better by the noise of the choice only"), minus(FEDAVG, PLAIN, where)
     if config.iid:
-        for arm in ("FedAvgM", "FedAdam"):
+        for arm, cause in _FASTER.items():
             if arm not in gains:
                 continue
             yield Claim(
                 f"{arm} minus FedAvg, {IID}", "own bar", 0.0, Direction.WITHIN, 0.01,
                 "without skew a mean of ten clients has little noise for a server to filter; on EMNIST, of mild skew, the paper "
-                "has differences of .003 to .007"), minus(arm, FEDAVG, IID)
+                "has differences of .003 to .007", expected=False, cause=cause), minus(arm, FEDAVG, IID)
     if config.iid and "FedAdam" in gains:
         yield Claim(
             f"FedAdam's gain over FedAvg, {where} minus {IID}", "own bar", 0.0, Direction.AT_LEAST, 0.0,
             f"published as {gains['FedAdam']:+.3f} with label skew (CIFAR-10) and +.007 with that of writers (EMNIST)",
+            expected=False, cause=_ONE_SEED,
         ), lambda measured: measured.difference(where, "FedAdam", FEDAVG) - measured.difference(IID, "FedAdam", FEDAVG)
 
 
@@ -283,7 +296,7 @@ def grid_figure(tried: Mapping[str, "Tried"]) -> Figure:
         for (row, column), value in np.ndenumerate(means[arm]):
             best = choice.point == {CLIENT: axes[CLIENT][row], SERVER: axes[SERVER][column]}
             panel.text(column, row, number(2)(value) if np.isfinite(value) else "–", ha="center", va="center", fontsize=7.5,
-                       color="black" if value > top - 0.1 else "white", fontweight="bold" if best else "normal",
+                       color="white" if value <= top - 0.1 else "black", fontweight="bold" if best else "normal",
                        bbox=_FRAME if best else None)
         panel.set_title(arm, fontsize=9)
         for axis, name in ((panel.xaxis, SERVER), (panel.yaxis, CLIENT)):
