@@ -1,4 +1,4 @@
-"""What record-level privacy costs: rounds of FedAvg with gradients.private in units of the same rounds with the plain gradient."""
+"""What record-level privacy costs: rounds of FedAvg with gradients.private, in units of the same rounds with gradients.plain."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ CLIP, NOISE_MULTIPLIER = 1.0, 1.0  # neither changes the time
 def measure_private(
     settings: list[tuple[str, int]], rounds: int, lanes: int, pairs: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """A row for each setting with "private_over_plain" and "private_over_plain_without_noise", medians over pairs measured in turn.
+    """A row for each setting with "private_over_plain" and the same without noise, medians over pairs measured in turn.
 
     rounds: at most so many are timed at once. lanes: sites side by side on each device. say: takes a sentence of progress.
     """

@@ -71,11 +71,13 @@ def of(module, loss=models.softmax_cross_entropy, example=None):
 
 def check(model, x=None, y=None):
     batch = Batch(jnp.zeros((7, 5)) if x is None else x, jnp.zeros(7, jnp.int32) if y is None else y, jnp.ones(7))
-    jax.eval_shape(jax.vmap(lambda key: (refuse_mixing(model)({}, batch), key)[1]), jax.random.split(KEY, 2))  # while something is traced
+    # while something is traced
+    jax.eval_shape(jax.vmap(lambda key: (refuse_mixing(model)({}, batch), key)[1]), jax.random.split(KEY, 2))
 
 
 @pytest.mark.parametrize("module, named", [
-    (Between(Centred()), "The Centred middle mixes"), (Between(Ranked()), "The Ranked middle mixes"), (InItself(), "The InItself mixes"),
+    (Between(Centred()), "The Centred middle mixes"), (Between(Ranked()), "The Ranked middle mixes"),
+    (InItself(), "The InItself mixes"),
 ], ids=lambda value: "")
 def test_the_layer_that_mixes_is_named_and_groupnorm_offered(module, named):
     with pytest.raises(FlJaxError, match=f"^{named}.*GroupNorm"):
@@ -83,7 +85,8 @@ def test_the_layer_that_mixes_is_named_and_groupnorm_offered(module, named):
 
 
 def test_batchnorm_is_refused_when_the_oracle_is_made(normed_model):
-    for model, named in ((normed_model, "BatchNorm_0"), (models.bridge_nnx(NnxNormed, jnp.zeros((1, 5)), models.softmax_cross_entropy), "norm")):
+    of_nnx = models.bridge_nnx(NnxNormed, jnp.zeros((1, 5)), models.softmax_cross_entropy)
+    for model, named in ((normed_model, "BatchNorm_0"), (of_nnx, "norm")):
         for make in (gradients.private, gradients.private_reference):
             with pytest.raises(FlJaxError, match=f"BatchNorm {named} mixes the records of a batch.*GroupNorm"):
                 make(model, 1.0, 1.0)
@@ -120,7 +123,8 @@ def test_words_pixels_and_regression_pass():
             return nn.Dense(3)(nn.Embed(9, 4)(x).mean(1))
 
     check(of(Words(), example=jnp.zeros((1, 5), jnp.int32)), jnp.zeros((7, 5), jnp.int32))
-    pixels = models.bridge(models.LogisticRegression(3), jnp.zeros((1, 5), jnp.uint8), models.softmax_cross_entropy, preprocess=models.images_uint8)
+    module, example = models.LogisticRegression(3), jnp.zeros((1, 5), jnp.uint8)
+    pixels = models.bridge(module, example, models.softmax_cross_entropy, preprocess=models.images_uint8)
     check(pixels, jnp.zeros((7, 5), jnp.uint8))
     check(of(models.LinearCox(), models.squared_error), y=jnp.zeros(7))
 

@@ -1,4 +1,5 @@
-"""DP-SGD at a site: no record moves the sum by more than the bound, the noise is as stated, and without both it is plain training."""
+"""DP-SGD at a site: no record moves the sum by more than the bound, the noise is as stated, and without both it is plain
+training."""
 
 import dp_accounting
 import flax.linen as nn
@@ -14,7 +15,7 @@ from fl_jax.errors import FlJaxError
 from fl_jax.types import Batch, Cohort
 
 KEY = jax.random.key(3)
-ROWS, CLIP, EXPECTED = 6, 0.8, 5.0
+ROWS, CLIP, EXPECTED = 6, 0.8, 7.0
 
 
 class Net(nn.Module):
@@ -98,6 +99,10 @@ def test_the_fast_form_is_the_reference_with_the_same_keys(rule, microbatch):
     close(ours, reference)
     other = run(gradients.private(model, CLIP, 0.0, norm=rule), params, batch, jax.random.key(4))[3]
     assert abs(float(other["loss"] - ours[3]["loss"])) > 1e-3  # dropout draws anew in another step
+    copies = batch._replace(x=batch.x[jnp.full(ROWS, 1)], y=batch.y[jnp.full(ROWS, 1)])
+    masks = jnp.eye(ROWS)[:2]
+    first, second = (run(gradients.private(model, CLIP, 0.0), params, copies._replace(mask=mask))[3]["loss"] for mask in masks)
+    assert first != second  # and for another record
 
 
 def test_layers_share_the_bound_evenly_and_normalised_gradients_are_brought_to_it(model, params):
@@ -126,9 +131,11 @@ def test_padding_and_empty_batches_add_nothing(model, params):
     assert norm(noisy) == pytest.approx(2.0 * CLIP / EXPECTED * size**0.5, rel=0.4)
 
 
-@pytest.mark.parametrize("rule", [gradients.FLAT, gradients.PER_LAYER, gradients.normalised()], ids=["flat", "per layer", "normalised"])
+@pytest.mark.parametrize("rule", [gradients.FLAT, gradients.PER_LAYER, gradients.normalised()],
+                         ids=["flat", "per layer", "normalised"])
 def test_replacing_a_record_by_anything_moves_the_sum_by_its_bound_at_most(model, params, rule):
-    """Adding one: by the clip. Against NaN, infinities, huge, tiny and zero records, alone and in one feature, and a label out of range."""
+    """Adding one: by the clip. Against NaN, infinities, huge, tiny and zero records, alone and in one feature, and a label out of
+    range."""
     compute = jax.jit(lambda params, batch: gradients.private(model, CLIP, 0.0, norm=rule).compute(KEY, (), params, {}, batch))
     batch = a_batch((1, 1, 0, 1, 1, 1), 1.0)
     without = compute(params, batch)[0]
@@ -149,13 +156,15 @@ def test_replacing_a_record_by_anything_moves_the_sum_by_its_bound_at_most(model
 
 
 def test_the_noise_is_as_stated_and_never_the_same(model, params):
-    """Its deviation within 2 %, as a step adds it: multiplier times clip over the expected batch; steps, sites, leaves independent."""
+    """Its deviation within 2 %, as a step adds it: multiplier times clip over the expected batch; steps, sites, leaves
+    independent."""
     gradient, silent = gradients.private(model, CLIP, 1.5), gradients.private(model, CLIP, 0.0)
     batch = a_batch()
     sums = run(silent, params, batch)[0]
     keys = jax.random.split(jax.random.key(9), 400)
     noisy = jax.jit(lambda: jax.lax.map(lambda key: gradient.compute(key, (), params, {}, batch)[0], keys))()
-    rows = np.concatenate([np.reshape(np.asarray(a) - np.asarray(b), (400, -1)) for a, b in zip(jax.tree.leaves(noisy), jax.tree.leaves(sums), strict=True)], 1)
+    alone = jax.tree.map(lambda a, b: np.reshape(np.asarray(a) - np.asarray(b), (400, -1)), noisy, sums)
+    rows = np.concatenate(jax.tree.leaves(alone), axis=1)
     assert rows.std() == pytest.approx(1.5 * CLIP / EXPECTED, rel=0.02) and abs(rows.mean()) < 0.02
     scaled = rows / rows.std()
     assert np.abs(scaled.std(0) - 1).max() < 0.25  # each parameter
@@ -266,12 +275,13 @@ def test_events_are_those_of_the_noise(model):
 
 
 def test_mistakes_are_named(model, params):
-    for arguments, words in [((0.0, 1.0), "bound must be above 0"), ((1.0, -1.0), "noise_multiplier must be 0 or more"), ((1.0, np.nan), "noise_multiplier")]:
+    for arguments, words in [((0.0, 1.0), "bound must be above 0"), ((1.0, -1.0), "noise_multiplier must be 0 or more"),
+                             ((1.0, np.nan), "noise_multiplier must be 0 or more")]:
         with pytest.raises(FlJaxError, match=words):
             gradients.private(model, *arguments)
     with pytest.raises(FlJaxError, match="microbatch must be 1 or more"):
         gradients.private(model, 1.0, 1.0, microbatch=0)
-    with pytest.raises(FlJaxError, match="give the Batch its `expected`"):
+    with pytest.raises(FlJaxError, match="give the Batch `expected`"):
         run(gradients.private(model, 1.0, 1.0), params, a_batch()._replace(expected=None))
 
 

@@ -1,4 +1,4 @@
-"""Whether a model mixes the records of a batch, in which case no gradient belongs to one record alone, and which layer does it."""
+"""Whether a model mixes the records of a batch, so that no gradient belongs to one record alone, and which layer does it."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from fl_jax.errors import FlJaxError
 from fl_jax.norms import BATCH_NORMS
 from fl_jax.types import Array, Batch, Model, PyTree
 
-_INSTEAD = "so that no gradient belongs to one record alone: give each record a layer of its own, such as GroupNorm in place of BatchNorm."
+_INSTEAD = ("so that no gradient belongs to one record alone: take layers that treat each record by itself, such as GroupNorm in "
+            "place of BatchNorm.")
 _ROWS = 4
 _DRAWS = 8
 _ROUNDING = 200  # units of the last place of the loss
@@ -34,24 +35,26 @@ def refuse_batch_layers(model: Model) -> None:
         if issubclass(module, BATCH_NORMS):
             raise FlJaxError(f"The {module.__name__} {'/'.join(path) or model.name} mixes the records of a batch, {_INSTEAD}")
     if model.evaluate is None:
-        raise FlJaxError(f"The loss of {model.name} is of the whole batch (Loss.record is None), as a Cox partial likelihood is: each record is "
-                         "in the others' terms, and bounding its gradient bounds nothing; take a loss that is a mean over records.")
+        raise FlJaxError(
+            f"The loss of {model.name} is of the whole batch (Loss.record is None), as a Cox partial likelihood is: each record is "
+            "in the others' terms, and bounding its gradient bounds nothing; take a loss that is a mean over records.")
 
 
 def refuse_mixing(model: Model) -> Callable[[PyTree, Batch], None]:
     """A check (stats, batch), which raises FlJaxError, naming the layer, where the model's loss is not a mean over its records.
 
-    The loss is computed on random records of the batch's shapes: exchanging one record must change the loss by the same whatever another
-    record is, and must leave the first record's rows in every linen module as they are, bit for bit. Done once for each shape, with
-    concrete arrays even where the caller is being traced. What it cannot decide (a loss that is not finite on random records) it lets
-    pass: a private gradient is bounded in any case, since its records never meet.
+    The loss is computed on random records of the batch's shapes: exchanging one record must change the loss by the same whatever
+    another record is, and must leave the first record's rows in every linen module as they are, bit for bit. Done once for each
+    shape, with concrete arrays even where the caller is being traced. What it cannot decide (a loss that is not finite on random
+    records) it lets pass: a private gradient is bounded in any case, since its records never meet.
     """
     checked: set[Any] = set()
 
     def check(stats: PyTree, batch: Batch) -> None:
         if jax.tree.leaves(stats):
-            raise FlJaxError(f"{model.name} measures statistics of its records, which no noise would cover: use layers without, such as GroupNorm "
-                             "in place of BatchNorm.")
+            raise FlJaxError(
+                f"{model.name} measures statistics of its records, which no noise would cover: use layers without, such as "
+                "GroupNorm in place of BatchNorm.")
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (batch.x, batch.y))
         leaves, structure = jax.tree.flatten(shapes)
         signature = (structure, *((leaf.shape, str(leaf.dtype)) for leaf in leaves))
@@ -77,8 +80,10 @@ def _mixing_layer(model: Model, stats: PyTree, shapes: tuple[PyTree, PyTree]) ->
         return value, seen
 
     rng = np.random.default_rng(0)  # NumPy's, since every shape of jax's costs a compilation
-    params = jax.tree.map(lambda leaf: _weights(rng, leaf.shape, leaf.dtype), jax.eval_shape(model.init, jax.random.key(0)).params)
-    corners = jax.tree.map(lambda *leaves: np.stack(leaves), *[records for _ in range(_DRAWS) for records in _corners(rng, shapes)])
+    like = jax.eval_shape(model.init, jax.random.key(0)).params
+    params = jax.tree.map(lambda leaf: _weights(rng, leaf.shape, leaf.dtype), like)
+    draws = [records for _ in range(_DRAWS) for records in _corners(rng, shapes)]
+    corners = jax.tree.map(lambda *leaves: np.stack(leaves), *draws)
     value, seen = jax.device_get(jax.jit(jax.vmap(run, (None, 0)))(params, corners))
     for name, (inputs, outputs) in zip(names, seen, strict=True):
         if np.any(_unchanged(inputs) & ~_unchanged(outputs)):
@@ -131,7 +136,8 @@ def _watch(here: Any, names: list[str], seen: list[_Seen], next_call: Any, args:
 
 def _first_rows(tree: PyTree) -> list[Array]:
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    return [leaf[0] for leaf in arrays if leaf.ndim and leaf.shape[0] == _ROWS and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    rows = [leaf for leaf in arrays if leaf.ndim and leaf.shape[0] == _ROWS]
+    return [leaf[0] for leaf in rows if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
 
 
 def _unchanged(rows: list[np.ndarray]) -> np.ndarray:

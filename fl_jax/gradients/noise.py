@@ -1,7 +1,8 @@
 """Gaussian noise for private gradients, from jax's own generator in a form that a CPU runs faster.
 
-A private step draws a normal for each parameter, which costs more than the gradient of a small batch. jax.random.normal makes several
-passes over memory for its generator, and so do XLA's logarithm and cosine; here generator and transformation are one fused pass.
+A private step draws a normal for each parameter, which costs more than the gradient of a small batch. jax.random.normal makes
+several passes over memory for its generator, and so do XLA's logarithm and cosine; here generator and transformation are one
+fused pass.
 """
 
 import math
@@ -25,13 +26,15 @@ _COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
 def gaussian(key: Key, tree: PyTree, *, rounds: int = 20) -> PyTree:
     """Standard normals, float32, in the structure and shapes of a tree of arrays.
 
-    Each is made of 64 random bits of its own, Threefry-2x32 in counter mode (Salmon et al. 2011, "Parallel random numbers: as easy as 1,
-    2, 3"): the generator, and the twenty rounds, of jax.random. Its counter is (element, leaf), its key 64 bits that are drawn from
-    `key`, so that nothing repeats within a step. Box-Muller makes the normal; the largest is 6.8. Distribution and independence are
-    tested. As with any floating-point noise, the guarantee is that of real numbers (Mironov 2012 on what low bits can tell).
+    Each is made of 64 random bits of its own, Threefry-2x32 in counter mode (Salmon et al. 2011, "Parallel random numbers: as
+    easy as 1, 2, 3"): the generator, and the twenty rounds, of jax.random. Its counter is (element, leaf), its key 64 bits that
+    are drawn from `key`, so that nothing repeats within a step. Box-Muller makes the normal; the largest is 6.8. Distribution and
+    independence are tested. As with any floating-point noise, the guarantee is that of real numbers (Mironov 2012 on what low
+    bits can tell).
 
-    rounds: 13 are the fewest with which the authors' generator passes BigCrush, (functools.partial(gaussian, rounds=13)); twenty, their
-    margin of safety and the default here, is what is trusted to hide a record. optax.tree.random_like is the same with jax's own normals.
+    rounds: 13 are the fewest with which the authors' generator passes BigCrush (functools.partial(gaussian, rounds=13)); twenty,
+    their margin of safety and the default here, is what is trusted to hide a record. optax.tree.random_like is the same with
+    jax's own normals.
     """
     words = jax.random.bits(key, (2,), jnp.uint32)
     leaves, structure = jax.tree.flatten(tree)

@@ -1,8 +1,9 @@
 """DP-SGD at a site: the clipped, summed, noised gradients of a batch's records, divided by the batch that was expected.
 
-jax-privacy's `clipped_grad` composes with vmapped sites, and the tests compare with it; here it is not used, since it materialises every
-gradient (50 to 700 plain steps on a CPU with the batch in memory, 1.4 to 13 in microbatches of one), and since a norm cannot have
-several bounds there. Its `noise_addition` keeps the key in a state, which vmapped sites would share. Microbatches are optax's.
+jax-privacy's `clipped_grad` composes with vmapped sites, and the tests compare with it; here it is not used, since it
+materialises every gradient (50 to 700 plain steps on a CPU with the batch in memory, 1.4 to 13 in microbatches of one), and since
+a norm cannot have several bounds there. Its `noise_addition` keeps the key in a state, which vmapped sites would share.
+Microbatches are optax's.
 """
 
 import math
@@ -33,25 +34,28 @@ def private(
     model: Model, clip: float | Array | Clipping, noise_multiplier: float | Array, *,
     norm: Scaling = FLAT, microbatch: int | None = None, noise: Noise = gaussian,
 ) -> Gradient:
-    """DP-SGD's gradient: each record's is clipped, the sum gets Gaussian noise, the denominator is the expected batch (Abadi et al. 2016,
-    "Deep learning with differential privacy", Algorithm 1), at about the price of a plain gradient plus the noise (records.by_layers).
+    """DP-SGD's gradient: each record's is clipped, the sum gets Gaussian noise, the denominator is the expected batch (Abadi et
+    al. 2016, "Deep learning with differential privacy", Algorithm 1), at about the price of a plain gradient plus the noise
+    (records.by_layers).
 
-    clip: bound on the L2 norm of one record's gradient, or how it moves (fl_jax.clipping): a schedule, or a quantile of the norms that the
-    site follows from step to step and keeps between rounds (Andrew et al. 2021). noise_multiplier: standard deviation of the noise on the
-    sum, in clips, for everything that a step publishes: with a quantile, part of it goes into the quantile's count. norm: scaling.FLAT,
-    PER_LAYER, normalised(), how a gradient is brought within its bound. microbatch: how many records are worked on at a time, which
-    bounds memory and changes nothing else; all of them by default. noise: where the normals are from.
+    clip: bound on the L2 norm of one record's gradient, or how it moves (fl_jax.clipping): a schedule, or a quantile of the norms
+    that the site follows from step to step and keeps between rounds (Andrew et al. 2021). noise_multiplier: standard deviation of
+    the noise on the sum, in clips, for everything that a step publishes: with a quantile, part of it goes into the quantile's
+    count. norm: scaling.FLAT, PER_LAYER, normalised(), how a gradient is brought within its bound. microbatch: how many records
+    are worked on at a time, which bounds memory and changes nothing else; all of them by default. noise: where the normals are
+    from.
 
     Every record is a batch of one with a key of its own (the step's, folded with its row), for dropout and the like. Padding adds
     nothing, and a batch without records is noise alone. A gradient that is not finite, or whose norm overflows, adds nothing.
 
-    Guarantee: a step is one Gaussian mechanism of this multiplier for adding or removing one record of the batch (the sum moves by at most
-    the clip), and of half of it for replacing one (`event` states noise over clip; fl_jax.privacy converts), before any amplification by
-    how batches are drawn, which is the Batches' account. It covers the gradient and the clip, and not the metrics, which are exact:
-    "loss", "clip" (the bound), "clipped" (share of records that did not fit it) and "nonfinite" (share that added nothing).
+    Guarantee: a step is one Gaussian mechanism of this multiplier for adding or removing one record of the batch (the sum moves
+    by at most the clip), and of half of it for replacing one (`event` states noise over clip; fl_jax.privacy converts), before
+    any amplification by how batches are drawn, which is the Batches' account. It covers the gradient and the clip, and not the
+    metrics, which are exact: "loss", "clip" (the bound), "clipped" (share of records that did not fit it) and "nonfinite" (share
+    that added nothing).
 
-    Raises FlJaxError: a clip or noise_multiplier out of range; a model with BatchNorm or other statistics, or that mixes records otherwise,
-    or a loss of the whole batch (see gradients.mixing); a Batch that does not say what is expected.
+    Raises FlJaxError: a clip or noise_multiplier out of range; a model with BatchNorm or other statistics, or that mixes records
+    otherwise, or a loss of the whole batch (see gradients.mixing); a Batch that does not say what is expected.
     """
     return _mechanism(model, by_layers(model), clip, noise_multiplier, norm, microbatch, noise)
 
@@ -60,14 +64,14 @@ def private_reference(
     model: Model, clip: float | Array | Clipping, noise_multiplier: float | Array, *,
     norm: Scaling = FLAT, microbatch: int | None = None, noise: Noise = gaussian,
 ) -> Gradient:
-    """`private` with the gradient of every record in memory: the same keys, noise and results, many times slower on a CPU. What `private`
-    is tested against, and a way out should it ever be in doubt."""
+    """`private` with the gradient of every record in memory: the same keys, noise and results, many times slower on a CPU. What
+    `private` is tested against, and a way out should it ever be in doubt."""
     return _mechanism(model, materialised(model), clip, noise_multiplier, norm, microbatch, noise)
 
 
 def _mechanism(
-    model: Model, form: Form, clip: float | Array | Clipping, noise_multiplier: float | Array, norm: Scaling, microbatch: int | None,
-    noise: Noise,
+    model: Model, form: Form, clip: float | Array | Clipping, noise_multiplier: float | Array,
+    norm: Scaling, microbatch: int | None, noise: Noise,
 ) -> Gradient:
     bounds = clip if isinstance(clip, Clipping) else clipping.constant(clip)
     if isinstance(noise_multiplier, Real) and not 0 <= noise_multiplier < math.inf:
@@ -81,7 +85,7 @@ def _mechanism(
 
     def compute(key: Key, state: PyTree, params: PyTree, stats: PyTree, batch: Batch) -> tuple[PyTree, PyTree, PyTree, Metrics]:
         if batch.expected is None:
-            raise FlJaxError("A private mean divides by how many records a batch has in expectation: give the Batch its `expected`.")
+            raise FlJaxError("A private mean divides by how many records a batch has in expectation: give the Batch `expected`.")
         check(stats, batch)
         record_key, noise_key, clip_key = jax.random.split(key, 3)
         bound = bounds.bound(state)
@@ -103,8 +107,8 @@ def _mechanism(
             total = jax.tree.map(lambda leaf, z: leaf + deviation * z, total, noise(noise_key, total))
         gradient = jax.tree.map(lambda leaf, like: (leaf / batch.expected).astype(like.dtype), total, params)
         centred = counts["records"] / 2 - counts["clipped"]
-        metrics = {name: counts[name] / jnp.maximum(counts["records"], 1) for name in ("loss", "clipped", "nonfinite")} | {"clip": bound}
-        return gradient, bounds.update(clip_key, state, centred, batch.expected), stats, metrics
+        shares = {name: counts[name] / jnp.maximum(counts["records"], 1) for name in ("loss", "clipped", "nonfinite")}
+        return gradient, bounds.update(clip_key, state, centred, batch.expected), stats, shares | {"clip": bound}
 
     event = dp_accounting.GaussianDpEvent(noise_multiplier) if noisy else dp_accounting.NonPrivateDpEvent()
     return Gradient(lambda params: bounds.init(), compute, ("loss", "clip", "clipped", "nonfinite"), event)

@@ -1,7 +1,8 @@
-"""The gradient of each record: its norms, and the sum over records after each was rescaled, with and without the gradients themselves.
+"""The gradient of each record: its norms, and the sum over records after each was rescaled, with and without the gradients
+themselves.
 
-Every form sees one record at a time, as a batch of one, and is mapped over the batch: nothing that a network or a loss does can let one
-record into another's gradient, so the bound on what a record adds holds for any model.
+Every form sees one record at a time, as a batch of one, and is mapped over the batch: nothing that a network or a loss does can
+let one record into another's gradient, so the bound on what a record adds holds for any model.
 """
 
 from collections.abc import Callable
@@ -21,11 +22,11 @@ Path = tuple[str, ...]
 
 
 class Records(NamedTuple):
-    """losses: float32[B]. norms: float32[B, G], of each record's gradient in each group of leaves; not finite where the gradient is not,
-    or is above scaling.LARGEST.
+    """losses: float32[B]. norms: float32[B, G], of each record's gradient in each group of leaves; not finite where the gradient
+    is not, or is above scaling.LARGEST.
 
-    combine: (factors float32[B, G]) -> the sum of the gradients, each multiplied with its factors, like the parameters in float32. A
-    record whose factors are 0 adds nothing, even where its gradient is not finite.
+    combine: (factors float32[B, G]) -> the sum of the gradients, each multiplied with its factors, like the parameters in
+    float32. A record whose factors are 0 adds nothing, even where its gradient is not finite.
     """
 
     losses: Array
@@ -55,16 +56,17 @@ def materialised(model: Model) -> Form:
 def by_layers(model: Model) -> Form:
     """Dense layers without gradients of records, other leaves materialised, in one backward pass.
 
-    A dense layer z = a W + b has the gradient a d^T for W and d for b, where d is the gradient of the loss with respect to z: the norms are
-    |a| |d| and |d| (Goodfellow 2015, "Efficient per-example gradient computations", section 4; "ghost clipping" of Li et al. 2022, "Large
-    language models can be strong differentially private learners", section 4), and the rescaled sum is A^T (c D) from the same backward pass
-    ("book-keeping", Bu et al. 2023, "Differentially private optimization on small model at large scale", section 3). d is the gradient with
-    respect to zeros added to z, which flax's interceptors do in the module as it is.
+    A dense layer z = a W + b has the gradient a d^T for W and d for b, where d is the gradient of the loss with respect to z: the
+    norms are |a| |d| and |d| (Goodfellow 2015, "Efficient per-example gradient computations"; "ghost clipping" of Li
+    et al. 2022, "Large language models can be strong differentially private learners", section 4), and the rescaled sum is A^T (c
+    D) from the same backward pass ("book-keeping", Bu et al. 2023, "Differentially private optimization on small model at large
+    scale"). d is the gradient with respect to zeros added to z, which flax's interceptors do in the module as it is.
 
-    So treated is a flax.linen.Dense that is called once with one row a record. A layer that sees several rows (a sequence, two calls) adds
-    them up before the norm: there the product of Gram matrices would save memory, but its rounding grows where rows cancel, and records can
-    be made so that their norm comes out too small. Such a layer is materialised, at the price of a plain gradient in arithmetic and of B
-    gradients in memory, and so are convolutions (their kernels are small), all other layers, and every nnx module.
+    So treated is a flax.linen.Dense that is called once with one row a record. A layer that sees several rows (a sequence, two
+    calls) adds them up before the norm: there the product of Gram matrices would save memory, but its rounding grows where rows
+    cancel, and records can be made so that their norm comes out too small. Such a layer is materialised, at the price of a plain
+    gradient in arithmetic and of B gradients in memory, and so are convolutions (their kernels are small), all other layers, and
+    every nnx module.
     """
 
     def form(keys: Key, params: PyTree, stats: PyTree, x: PyTree, y: PyTree, groups: list[int]) -> Records:
@@ -154,7 +156,8 @@ class _Bias:
 
 
 def _product(a: Array, b: Array) -> Array:
-    """The sum over records of the products of their rows, in full precision: a GPU's shorter mantissas would let more than the bound through."""
+    """The sum over records of the products of their rows, in full precision: a GPU's shorter mantissas would let more than the
+    bound through."""
     return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
 
@@ -192,8 +195,8 @@ def _dense_layers(
 ) -> dict[Path, jax.ShapeDtypeStruct]:
     """The dense layers of which a d^T is the whole gradient, by path, with what they return for one record.
 
-    Each must be called once, with one row, outside of any lifted transformation, with its parameters as they are in the tree; and the
-    loss may depend on them through this call alone, for which the loss is traced without it.
+    Each must be called once, with one row, outside of any lifted transformation, with its parameters as they are in the tree; and
+    the loss may depend on them through this call alone, for which the loss is traced without it.
     """
     leaves, structure = jax.tree.flatten(params)
     outputs: dict[Path, list[jax.ShapeDtypeStruct]] = {}
@@ -216,7 +219,7 @@ def _dense_layers(
             return _loss(model, jax.random.key(0), jax.tree.unflatten(structure, given), stats, x, y)
 
     traced = jax.make_jaxpr(loss)(leaves, x, y).jaxpr
-    used = {id(variable) for equation in traced.eqns for variable in equation.invars} | {id(variable) for variable in traced.outvars}
+    used = {id(variable) for equation in traced.eqns for variable in equation.invars}
 
     def only_there(path: Path) -> bool:
         return not any(id(traced.invars[places[leaf]]) in used for leaf in _leaves_of(path, places))

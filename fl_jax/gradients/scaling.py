@@ -13,8 +13,8 @@ LARGEST = 1e37
 
 
 class Scaling(NamedTuple):
-    """group: (key path of a leaf) -> what the leaves of one norm have in common. G groups share a bound C evenly: each has C / sqrt(G), so
-    that the whole gradient has at most C.
+    """group: (key path of a leaf) -> what the leaves of one norm have in common. G groups share a bound C evenly: each has C /
+    sqrt(G), so that the whole gradient has at most C.
 
     factor: (norm float32[...], bound float32) -> factors; whatever they are, none lets more than the bound through.
     """
@@ -40,15 +40,16 @@ def cut(norm: Array, bound: Array) -> Array:
 
 
 FLAT = Scaling(whole, cut)
-"""One norm for the whole gradient, min(1, C / |g|) (Abadi et al. 2016, "Deep learning with differential privacy", Algorithm 1)."""
+"""One norm for the whole gradient, min(1, C / |g|) (Abadi et al. 2016, "Deep learning with differential privacy", Alg. 1)."""
 
 PER_LAYER = Scaling(by_layer, cut)
-"""A norm for each of L layers, each with the bound C / sqrt(L) (McMahan et al. 2018, "Learning differentially private recurrent language
-models", section 2.3, "per-layer clipping"): the sensitivity and the noise are those of FLAT."""
+"""A norm for each of L layers, each with the bound C / sqrt(L) (McMahan et al. 2018, "Learning differentially private recurrent
+language models", per-layer clipping): the sensitivity and the noise are those of FLAT."""
 
 
 def normalised(gamma: float | Array = 0.01) -> Scaling:
-    """C / (|g| + gamma) whether |g| is above C or below (Bu et al. 2023, "Automatic clipping", section 3.2, AUTO-S with its gamma = .01).
+    """C / (|g| + gamma) whether |g| is above C or below (Bu et al. 2023, "Automatic clipping: differentially private deep
+    learning made easier and stronger", AUTO-S, with its gamma = .01).
 
     C then is part of the learning rate and needs no tuning; a large gamma lets small gradients stay small.
     """
@@ -62,8 +63,8 @@ def groups(scaling: Scaling, paths: list[tuple[str, ...]]) -> list[int]:
 
 
 class Factors(NamedTuple):
-    """factors: float32[B, G], what the gradients of B records are multiplied with, 0 where `finite` does not hold. fits: bool[B], every norm of
-    the record was within its bound. finite: bool[B], every norm is finite and below LARGEST."""
+    """factors: float32[B, G], what the gradients of B records are multiplied with, 0 where `finite` does not hold. fits: bool[B],
+    every norm of the record was within its bound. finite: bool[B], every norm is finite and below LARGEST."""
 
     factors: Array
     fits: Array
