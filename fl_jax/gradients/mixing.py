@@ -36,8 +36,8 @@ def refuse_batch_layers(model: Model) -> None:
             raise FlJaxError(f"The {module.__name__} {'/'.join(path) or model.name} mixes the records of a batch, {_INSTEAD}")
     if model.evaluate is None:
         raise FlJaxError(
-            f"The loss of {model.name} is of the whole batch (Loss.record is None), as a Cox partial likelihood is: each record is "
-            "in the others' terms, and bounding its gradient bounds nothing; take a loss that is a mean over records.")
+            f"The loss of {model.name} is of the whole batch (Loss.record is None), as a Cox partial likelihood is: each record "
+            "is in the others' terms, and bounding its gradient bounds nothing; take a loss that is a mean over records.")
 
 
 def refuse_mixing(model: Model) -> Callable[[PyTree, Batch], None]:
