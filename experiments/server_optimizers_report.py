@@ -45,16 +45,16 @@ NEAR = 0.02
 _PAPER = "arXiv 2003.00295, Table 1"
 _FASTER = {
     "FedAvgM": (
-        "momentum trains faster without skew too: on other seeds' validation images FedAvg has after 300 rounds (.856) about what "
-        "FedAvgM has after 150 (.859), and the difference is .021 after 150 rounds and .011 after 450"),
+        "momentum trains faster without skew too: on other seeds' validation images FedAvg has after 300 rounds (.856) about "
+        "what FedAvgM has after 150 (.859), and the difference is .021 after 150 rounds and .011 after 450"),
     "FedAdam": (
-        "it trains faster without skew too: on other seeds' validation images FedAvg has after 300 rounds (.856) less than FedAdam "
-        "has after 150 (.863), and the difference is .025 after 150 rounds and .016 after 450"),
+        "it trains faster without skew too: on other seeds' validation images FedAvg has after 300 rounds (.856) less than "
+        "FedAdam has after 150 (.863), and the difference is .025 after 150 rounds and .016 after 450"),
 }
 _ONE_SEED = (
-    "one seed of the grid does not tell FedAdam's best rates apart with skew: client and server rate .316 and .01 have .782 there, "
-    "as .1 and .0032 have; on six other seeds' validation images the former gain .000 [-.024, .024] over FedAvg, the latter .025 "
-    "[.009, .042]")
+    "one seed of the grid does not tell FedAdam's best rates apart with skew: client and server rate .316 and .01 have .782 "
+    "there, as .1 and .0032 have; on six other seeds' validation images the former gain .000 [-.024, .024] over FedAvg, the "
+    "latter .025 [.009, .042]")
 _FRAME = {"boxstyle": "square,pad=0.25", "facecolor": "none", "edgecolor": "#D55E00", "linewidth": 1.6}
 _difference = with_bounds(signed())
 Grids = Mapping[str, Mapping[str, "Tried"]]

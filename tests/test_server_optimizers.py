@@ -222,8 +222,8 @@ def test_grids_that_are_not_matched_are_one_sentence():
 
 def test_every_method_has_a_claim_and_those_of_the_quick_form_are_marked():
     quick, full = claims(Config.quick_defaults()), claims(Config())
-    assert [claim.claim for claim in quick] == [claim.claim for claim in full[:4]]
-    assert {claim.claim.split()[0] for claim in quick} == {*METHODS} - {FEDAVG}
+    assert {claim.claim.split()[0] for claim in full[:4]} == {*METHODS} - {FEDAVG}
+    assert {claim.claim for claim in quick} < {claim.claim for claim in full[:4]}
     assert all(claim.quick for claim in quick) and not any(claim.quick for claim in full) and len(full) == 8
 
 
@@ -234,6 +234,6 @@ def test_the_quick_form_holds(published_data, tmp_path, monkeypatch):
     config = dataclasses.replace(Config.quick_defaults(), out=tmp_path / "run")
     server_optimizers.run(config)
     verdicts = read_claims(config.out / "claims.json")
-    assert [verdict.holds for verdict in verdicts] == [True] * 4 and all(verdict.claim.quick for verdict in verdicts)
+    assert [verdict.holds for verdict in verdicts] == [True] * 3 and all(verdict.claim.quick for verdict in verdicts)
     summary = json.loads((config.out / "summary.json").read_text())
     assert jax.tree.leaves(summary["partitions"][DIRICHLET]["FedAdam"]["rates"])
