@@ -14,11 +14,11 @@ images. What is reported is the accuracy on the official test set in the last fi
 own partition, initial weights and cohorts, which the methods share. All points of a grid are rows of one program a method.
 
 20 minutes of CPU time in full, 90 s in quick form, most of the latter compilation: a little more than half of that on two cores
-that are free; 3.7 GB of memory. Expected, test accuracy with Dir(.1) / without skew: FedAvg .718 / .836 (its best server rate is 1 in
-both), FedAvgM .728 / .856, FedAdagrad .758 / .846, FedAdam .730 / .859, FedYogi .742 / .859. With skew only FedAdagrad is clearly
-above FedAvg (+.039), the others by .01 to .02 with intervals that reach below 0; without skew all are, by .011 to .024: they train
-faster. Of all chosen rates one is on the edge of its grid, FedAvgM's client rate without skew, .0316; with .01 no server rate of
-the grid is better there (.861 against .862 on validation images).
+that are free; 3.7 GB of memory. Expected, test accuracy with Dir(.1) / without skew: FedAvg .718 / .836 (its best server rate is 1
+in both), FedAvgM .728 / .856, FedAdagrad .758 / .846, FedAdam .730 / .859, FedYogi .742 / .859. With skew only FedAdagrad is
+clearly above FedAvg (+.039), the others by .01 to .02 with intervals that reach below 0; without skew all are, by .011 to .024,
+since they train faster. Of all chosen rates one is on the edge of its grid, FedAvgM's client rate without skew, .0316; with .01 no
+server rate of the grid is better there (.861 against .862 on validation images).
 Data: `python -m fl_jax.data prepare fashion_mnist`.
 """
 
@@ -127,7 +127,7 @@ class Config(cli.Common):
 
     @classmethod
     def quick_defaults(cls) -> "Config":
-        """Two rates of each, a smaller network, a fifth of the rounds; no clients without skew, and no FedYogi, FedAdam's like."""
+        """Two rates of each, a smaller network, a fifth of the rounds; no clients without skew, no FedYogi, FedAdam's like."""
         return cls(
             quick=True, iid=False, rounds=30, seeds=3, hidden=50, methods=(FEDAVG, "FedAvgM", "FedAdagrad", "FedAdam"),
             client_rates=decades(-3, -2), fedavg_rates=decades(-1, 0), fedavgm_rates=decades(-2, -1),
