@@ -38,6 +38,10 @@ LAST = 50
 """rounds over which the results are averaged, at the end: single rounds of 10 devices swing"""
 LOSS, ACCURACY = ("loss", "validation"), ("accuracy", "test")  # the split "validation" holds the training records
 _SOURCE = "arXiv 1812.06127, 5.2"  # its figures have no numbers: these are a NumPy restatement's of its code
+TIED = 5
+_TIED = (
+    f"on data seed {TIED}, and on no other of ten, FedAvg is as good with one device a round, .88: plain NumPy on the same records has, for three "
+    "draws of the cohorts, FedAvg at .900, .903 and .852, FedProx at .895, .889 and .897")
 _difference = with_bounds(signed())
 
 
@@ -74,25 +78,33 @@ def claims(config: "Config") -> list[Claim]:
 
 def _stated(config: "Config") -> Iterator[tuple[Claim, "_Law"]]:
     """Each claim with the function that measures it, one value a data seed."""
-    where, spread = synthetic(1.0), "the value is a NumPy restatement's; data seeds differ by .1 (standard deviation) and more"
+    where = synthetic(1.0)
     none, most = 0.0 in config.stragglers, 0.9 in config.stragglers
     both = {0.0, 1.0} <= {*config.mu}
 
-    def law(text: str, published: float, direction: Direction, tolerance: float, reason: str, of: "_Law") -> tuple[Claim, "_Law"]:
-        return Claim(text, _SOURCE, published, direction, tolerance, reason), of
+    def law(
+        text: str, published: float, direction: Direction, tolerance: float, reason: str, of: "_Law", cause: str = ""
+    ) -> tuple[Claim, "_Law"]:
+        return Claim(text, _SOURCE, published, direction, tolerance, reason, expected=not cause, cause=cause), of
+
+    def level(text: str, published: float, tolerance: float, deviation: float, of: "_Law") -> tuple[Claim, "_Law"]:
+        """A level, of the mean over data seeds; the quick form's few may be a standard error farther away."""
+        reason = f"the value is a NumPy restatement's, of other data seeds; these have a standard deviation of {deviation:g}"
+        if config.quick:
+            tolerance = round(tolerance + deviation / config.seeds**0.5, 2)
+            reason += f", so that a mean of {config.seeds} is granted a standard error more"
+        return Claim(text, _SOURCE, published, Direction.WITHIN, tolerance, reason, quick=config.quick), of
 
     if both and where in federations(config):
         if none:
-            yield law(f"{where}: training loss of FedAvg", 1.0, Direction.WITHIN, 0.25, spread, lambda s: s.last(LOSS, 0.0, "FedAvg", where))
-            yield law(f"{where}: training loss of FedProx, mu 1", 0.45, Direction.WITHIN, 0.15, spread,
-                      lambda s: s.last(LOSS, 0.0, "FedProx, mu 1", where))
+            yield level(f"{where}: training loss of FedAvg", 1.0, 0.25, 0.9, lambda s: s.last(LOSS, 0.0, "FedAvg", where))
+            yield level(f"{where}: training loss of FedProx, mu 1", 0.45, 0.15, 0.15, lambda s: s.last(LOSS, 0.0, "FedProx, mu 1", where))
         if most:
-            yield law(f"{where}, 90 % stragglers: accuracy of FedAvg", 0.71, Direction.WITHIN, 0.05, spread,
-                      lambda s: s.last(ACCURACY, 0.9, "FedAvg", where))
-            yield law(f"{where}, 90 % stragglers: accuracy of FedProx, mu 1", 0.82, Direction.WITHIN, 0.04, spread,
-                      lambda s: s.last(ACCURACY, 0.9, "FedProx, mu 1", where))
+            yield level(f"{where}, 90 % stragglers: accuracy of FedAvg", 0.71, 0.05, 0.11, lambda s: s.last(ACCURACY, 0.9, "FedAvg", where))
+            yield level(f"{where}, 90 % stragglers: accuracy of FedProx, mu 1", 0.82, 0.04, 0.05,
+                        lambda s: s.last(ACCURACY, 0.9, "FedProx, mu 1", where))
             yield law(f"{where}, 90 % stragglers: share of data seeds on which FedProx, mu 1, is ahead", 1.0, Direction.AT_LEAST, 0.0,
-                      "ahead on every one of them", lambda s: s.ahead(where))
+                      "ahead on every one of them", lambda s: s.ahead(where), _TIED if config.seeds > TIED else "")
         if none and most:
             yield law(f"{where}: accuracy of FedProx, mu 1, with 90 % stragglers minus without", 0.0, Direction.WITHIN, 0.01,
                       "they make no difference to it", lambda s: s.last(ACCURACY, 0.9, "FedProx, mu 1", where) - s.last(
