@@ -1,7 +1,7 @@
 """Fed-Heart-Disease: FLamby's results for logistic regression at four hospitals, and what of them is protocol.
 
 Ogier du Terrail et al. 2022, "FLamby: datasets and benchmarks for cross-silo federated learning in realistic healthcare settings"
-(arXiv 2210.04620), with the per-seed results that its authors publish; experiments/flamby_protocol.py has the protocol.
+(arXiv 2210.04620), with the per-seed results that its authors publish; experiments/flamby/protocol.py has the protocol.
 
     python -m experiments.fed_heart_disease            # 100 initialisations
     python -m experiments.fed_heart_disease --quick    # 20, without the arms with matched budgets
@@ -19,9 +19,10 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from experiments import cli, flamby, flamby_protocol
-from experiments.flamby_protocol import LOCAL, NOT_PASSED_ON, POOLED, Protocol, Rates
-from experiments.reproduction import Reproduction
+from experiments.common import cli
+from experiments.common.reproduction import Reproduction
+from experiments.flamby import protocol, study
+from experiments.flamby.protocol import LOCAL, NOT_PASSED_ON, POOLED, Protocol, Rates
 from fl_jax import models
 from fl_jax.data import fed_heart_disease
 from fl_jax.data.sources.heart_disease import HOSPITALS
@@ -31,7 +32,7 @@ from fl_jax.types import Model
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(flamby_protocol.Config):
+class Config(protocol.Config):
     """Fed-Heart-Disease: FLamby's arms beside its published results, the same with matched budgets, and each hospital left
     out."""
 
@@ -78,7 +79,7 @@ REPRODUCTION = Reproduction(PROTOCOL.claims, datasets=("fed_heart_disease",))
 
 def run(config: Config) -> None:
     """Runs the study and prints its report; writes a run folder."""
-    flamby.run(PROTOCOL, config)
+    study.run(PROTOCOL, config)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Fed-TCGA-BRCA: FLamby's results for a linear Cox model in six regions, and what of them is protocol.
 
 Ogier du Terrail et al. 2022, "FLamby: datasets and benchmarks for cross-silo federated learning in realistic healthcare settings"
-(arXiv 2210.04620), with the per-seed results that its authors publish; experiments/flamby_protocol.py has the protocol.
+(arXiv 2210.04620), with the per-seed results that its authors publish; experiments/flamby/protocol.py has the protocol.
 
     python -m experiments.fed_tcga_brca            # 100 initialisations
     python -m experiments.fed_tcga_brca --quick    # 20, without the arms with matched budgets
@@ -18,9 +18,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from experiments import cli, flamby, flamby_protocol
-from experiments.flamby_protocol import LOCAL, NOT_PASSED_ON, POOLED, Protocol, Rates
-from experiments.reproduction import Reproduction
+from experiments.common import cli
+from experiments.common.reproduction import Reproduction
+from experiments.flamby import protocol, study
+from experiments.flamby.protocol import LOCAL, NOT_PASSED_ON, POOLED, Protocol, Rates
 from fl_jax import models
 from fl_jax.data import fed_tcga_brca
 from fl_jax.data.sources.tcga_brca import REGIONS
@@ -29,7 +30,7 @@ from fl_jax.types import Model
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(flamby_protocol.Config):
+class Config(protocol.Config):
     """Fed-TCGA-BRCA: FLamby's arms beside its published results, the same with matched budgets, and each region left out."""
 
     rounds: int = 5
@@ -88,7 +89,7 @@ REPRODUCTION = Reproduction(PROTOCOL.claims, datasets=("fed_tcga_brca",))
 
 def run(config: Config) -> None:
     """Runs the study and prints its report; writes a run folder."""
-    flamby.run(PROTOCOL, config)
+    study.run(PROTOCOL, config)
 
 
 if __name__ == "__main__":

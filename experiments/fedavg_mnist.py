@@ -26,10 +26,11 @@ import numpy as np
 import optax
 import pandas as pd
 
-from experiments import cli, fedavg_mnist_report, rate_grid
+from experiments import fedavg_mnist_report
+from experiments.common import cli, rate_grid
+from experiments.common.mnist import IMAGES, Load, classifier, stacked, to_choose, to_measure
+from experiments.common.reproduction import Reproduction
 from experiments.fedavg_mnist_protocol import Config, Outcome, Problem, Tried, at_least, at_most, claims, crossings, problems
-from experiments.mnist import IMAGES, Load, classifier, stacked, to_choose, to_measure
-from experiments.reproduction import Reproduction
 from fl_jax import algorithms, batches, sampling, sweep, training
 from fl_jax.core import Engine, client_mesh
 from fl_jax.data import FederatedDataset

@@ -8,8 +8,8 @@ import flax.linen as nn
 import numpy as np
 import pandas as pd
 
-from experiments import cli
-from experiments.mnist import Partition
+from experiments.common import cli
+from experiments.common.mnist import Partition
 from fl_jax import data, models
 from fl_jax.errors import FlJaxError
 from fl_jax.results import Claim, Direction, select

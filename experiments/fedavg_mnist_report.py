@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
+from experiments.common.report import bullets
 from experiments.fedavg_mnist_protocol import Outcome
-from experiments.flamby_report import bullets
 from fl_jax.results import (
     Column,
     Missing,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from experiments.flamby_report import bullets
+from experiments.common.report import bullets
 from fl_jax.results import (
     Claim,
     Column,

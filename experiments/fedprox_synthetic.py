@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import optax
 import pandas as pd
 
-from experiments import cli, fedprox_report
-from experiments.reproduction import Reproduction
+from experiments import fedprox_report
+from experiments.common import cli
+from experiments.common.reproduction import Reproduction
 from fl_jax import algorithms, batches, models, sampling, sweep, training
 from fl_jax.data import FederatedDataset, as_one_site, fedprox_iid, fedprox_synthetic, stack
 from fl_jax.errors import FlJaxError

@@ -22,7 +22,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import optax
 
-from experiments import cli, quickstart_report
+from experiments import quickstart_report
+from experiments.common import cli
 from fl_jax import aggregators, algorithms, batches, models, norms, privacy, sampling, sweep, training
 from fl_jax.data import FederatedDataset, pooled_train, read_table, simulated_hospitals, stack
 from fl_jax.errors import FlJaxError

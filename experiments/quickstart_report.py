@@ -1,16 +1,15 @@
 """What the quickstart says: what is real, the tables, a plain reading of them, privacy, and where the files are."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.rule import Rule
-from rich.table import Table as RichTable
 from rich.text import Text
 
+from experiments.common.report import Results, bullets
 from fl_jax.data import FederatedDataset, describe, label_distribution
 from fl_jax.privacy import CONVERSION, Accountant, PrivacyLedger, coverage
 from fl_jax.results import (
@@ -20,13 +19,12 @@ from fl_jax.results import (
     Table,
     comparison_table,
     curves,
-    last_round,
     number,
     per_site,
     signed,
     with_margin,
 )
-from fl_jax.statistics import Interval, mean_interval, paired_difference
+from fl_jax.statistics import Interval
 from fl_jax.training import Fit
 
 RANGE = (0.0, 1.0)
@@ -34,33 +32,6 @@ ACCOUNTANT = Accountant.PLD
 MOST_SITES = 8  # columns of the table by site, and sites named in a sentence; metrics.csv has all
 REFERENCES = ("local only", "centralized")
 NAMES = {"auroc": "AUROC", "accuracy": "accuracy"}
-
-
-class Results:
-    """The last round's metrics of all arms, as vectors over seeds."""
-
-    def __init__(self, metrics: pd.DataFrame) -> None:
-        self.metrics = metrics
-        self.last = last_round(metrics)
-        by_place = self.last.sort_values("seed").groupby(["arm", "split", "site", "metric"])["value"]
-        self._values = {place: values.to_numpy() for place, values in by_place}
-
-    def values(self, arm: str, split: str, site: str, metric: str) -> np.ndarray:
-        """float64[S], in the order of the seeds; NaN where undefined."""
-        return self._values[arm, split, site, metric]
-
-    def interval(self, arm: str, split: str, site: str, metric: str) -> Interval | Missing:
-        """The mean over seeds with its interval; the reason where no seed has the metric."""
-        values = self.values(arm, split, site, metric)
-        if not np.isfinite(values).any():
-            rows = self.last[(self.last["site"] == site) & (self.last["split"] == split) & (self.last["metric"] == metric)]
-            notes = [note for note in rows["note"].unique() if note]
-            return Missing(f"{site}: {notes[0] if notes else 'not measured'}")
-        return mean_interval(values)
-
-    def difference(self, arm: str, other: str, split: str, site: str, metric: str) -> Interval:
-        """The mean difference arm - other, paired by seed."""
-        return paired_difference(self.values(arm, split, site, metric), self.values(other, split, site, metric))
 
 
 def introduce(dataset: FederatedDataset, config: Any) -> None:
@@ -89,10 +60,10 @@ def conclude(
     console.print(f"Test records, after round {config.rounds}; mean ± half of the 95 % interval over {config.seeds} seeds (Student t). "
                   f"Δ: difference paired by seed, * where the interval leaves out 0.{unseen}\n", style="dim")
     console.print(Rule("Reading", align="left"))
-    console.print(_bullets("•", (*reading(results, dataset, arms), *privacy_reading(results, dataset, ledgers, epsilons, config))))
+    console.print(bullets((*reading(results, dataset, arms), *privacy_reading(results, dataset, ledgers, epsilons, config))))
     troubles = [*trouble(results, arms), *undefined(results, dataset)]
     if troubles:
-        console.print("", Rule("Take note", align="left"), _bullets("!", troubles))
+        console.print("", Rule("Take note", align="left"), bullets(troubles, "!"))
 
     shown = [arm for arm in arms if arm not in ledgers]
     places = [*(("test", site) for site in ("mean", "worst", "all", *dataset.site_names)), *(("unseen", site) for site in dataset.unseen_names)]
@@ -234,14 +205,6 @@ def undefined(results: Results, dataset: FederatedDataset) -> list[str]:
         if places:
             sentences.append(f"{name} is undefined at {_listed(places)}; the means leave these out.")
     return sentences
-
-
-def _bullets(mark: str, sentences: Iterable[str]) -> RichTable:
-    """Sentences whose further lines are indented like the first."""
-    grid = RichTable.grid(padding=(0, 1, 0, 0))
-    for sentence in sentences:
-        grid.add_row(f" {mark}", Text(sentence))
-    return grid
 
 
 def _listed(names: list[str]) -> str:

@@ -20,8 +20,8 @@ import tyro
 from rich.console import Console
 from rich.rule import Rule
 
-from experiments import cli, results_page
-from experiments.reproduction import STUDIES, Study, code_of, study
+from experiments.common import cli, results_page
+from experiments.common.reproduction import STUDIES, Study, code_of, study
 from fl_jax import data
 from fl_jax.errors import FlJaxError
 from fl_jax.files import disk_errors, read_json, write_json

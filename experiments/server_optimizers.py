@@ -32,8 +32,9 @@ import numpy.typing as npt
 import optax
 import pandas as pd
 
-from experiments import cli, mnist, rate_grid, server_optimizers_report
-from experiments.reproduction import Reproduction
+from experiments import server_optimizers_report
+from experiments.common import cli, mnist, rate_grid
+from experiments.common.reproduction import Reproduction
 from experiments.server_optimizers_report import CLIENT, FEDAVG, IID, PLAIN, SERVER, skewed
 from fl_jax import algorithms, batches, data, models, sampling, sweep, training
 from fl_jax.data import FederatedDataset, Records

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from experiments import rate_grid
-from experiments.flamby_report import bullets
+from experiments.common import rate_grid
+from experiments.common.report import bullets
 from fl_jax.data import class_counts
 from fl_jax.results import (
     Claim,

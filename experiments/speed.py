@@ -10,11 +10,11 @@ batch 20, lr .05. W3 CIFAR-10 CNN with dropout, 1,000 clients x 50, 50 a round, 
 Synthetic(1, 1), 30 devices of 50 to 5,000 records, 10 a round, 20 epochs, batch 10, lr .01. Records are generated, or those of --data.
 
 floor_ratio is the floor's time over ours for the same number of SGD steps of the same batch size: the median over pairs measured in
-turn. The floor (experiments.speed_floor) is one jitted loop without anything federated, on one device, in the fastest form of several.
+turn. The floor (experiments.benchmark.floor) is one jitted loop without anything federated, on one device, in the fastest form of several.
 It may be above 1: the floor's one chain of steps cannot use what lanes and devices use. Expected on 2 cores: W1 1.3, W2 .85, W3 .75,
 W4 1.1, a minute each. Times mean something on a machine that does nothing else.
 
---private (experiments.speed_private): the 2NN with batches of 10 and 100 and W2's CNN with 20 and 60, with noise and without it, when
+--private (experiments.benchmark.private): the 2NN with batches of 10 and 100 and W2's CNN with 20 and 60, with noise and without it, when
 a private step should cost 1.0 to 1.2 plain ones. The noise of a step takes about 3 ns a parameter on a CPU, whatever the batch: expected
 with it 4.3, 1.6, 1.3 and 1.2.
 """
@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from experiments import cli
+from experiments.common import cli
 from fl_jax.errors import FlJaxError
 
 Auto = Literal["auto"]
@@ -77,8 +77,8 @@ class Config(cli.Common):
 
 def run(config: Config) -> None:
     """Measures, prints, and writes the run folder where there is one."""
-    from experiments.speed_measure import measure  # jax, which --help does without
-    from experiments.speed_private import SETTINGS, measure_private
+    from experiments.benchmark.measure import measure  # jax, which --help does without
+    from experiments.benchmark.private import SETTINGS, measure_private
 
     to_stderr = _say if sys.stderr.isatty() else _quiet
     with contextlib.nullcontext() if config.out is None else cli.run_folder(config, "speed") as folder:

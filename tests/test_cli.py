@@ -12,8 +12,8 @@ from typing import Literal
 
 import pytest
 
-from experiments import cli
-from experiments.config import load_json, override
+from experiments.common import cli
+from experiments.common.config import load_json, override
 from fl_jax import runtime
 from fl_jax.errors import FlJaxError
 from fl_jax.files import check_config
@@ -274,7 +274,7 @@ def test_new_folders_are_new(monkeypatch, tmp_path):
 
 PROGRAM_THAT_TALKS = """
 import dataclasses, sys
-from experiments import cli
+from experiments.common import cli
 assert "jax" not in sys.modules  # what --help and a typing error need not wait for
 
 @dataclasses.dataclass(frozen=True)

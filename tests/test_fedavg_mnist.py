@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import fedavg_mnist, fedavg_mnist_protocol
+from experiments.common.mnist import classifier, stacked, to_choose, to_measure, unit_pixels
 from experiments.fedavg_mnist_protocol import (
     PROBLEMS,
     Config,
@@ -19,7 +20,6 @@ from experiments.fedavg_mnist_protocol import (
     crossings,
     two_shards,
 )
-from experiments.mnist import classifier, stacked, to_choose, to_measure, unit_pixels
 from fl_jax import data, models
 from fl_jax.data import Source
 from fl_jax.errors import FlJaxError

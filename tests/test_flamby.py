@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import fed_heart_disease, fed_tcga_brca, flamby
-from experiments.flamby_data import initial_params, stacked, torch_linear, variants_of_epochs, variants_of_rounds
-from experiments.flamby_protocol import NOT_PASSED_ON, POOLED, Rates, centralized, local_only
+from experiments import fed_heart_disease, fed_tcga_brca
+from experiments.flamby import study as flamby
+from experiments.flamby.data import initial_params, stacked, torch_linear, variants_of_epochs, variants_of_rounds
+from experiments.flamby.protocol import NOT_PASSED_ON, POOLED, Rates, centralized, local_only
 from fl_jax import data, training
 from fl_jax.data.standardize import pooled_statistics, standardize_features
 from fl_jax.errors import FlJaxError

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import cli, quickstart
+from experiments import quickstart
+from experiments.common import cli
 from fl_jax import runtime
 from fl_jax.results import RunFolder, load_run
 

@@ -9,7 +9,7 @@ import optax
 import pandas as pd
 import pytest
 
-from experiments import rate_grid
+from experiments.common import rate_grid
 from fl_jax import algorithms, batches, data, sampling, training
 from fl_jax.errors import FlJaxError
 from fl_jax.results import MetricRow

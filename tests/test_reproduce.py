@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli, reproduce, results_page
-from experiments.reproduction import STUDIES, Reproduction, Study, code_of, study
+from experiments import reproduce
+from experiments.common import cli, results_page
+from experiments.common.reproduction import STUDIES, Reproduction, Study, code_of, study
 from fl_jax import data
 from fl_jax.data.catalog import published
 from fl_jax.errors import FlJaxError
@@ -174,9 +175,8 @@ def test_the_pages_are_made_from_the_results_that_are_kept():
 
 def test_the_code_of_a_study_is_what_computes(monkeypatch, tmp_path):
     root = tmp_path / "experiments"
-    root.mkdir()
-    (root / "reproduction.py").write_text("")
-    monkeypatch.setattr("experiments.reproduction.__file__", str(root / "reproduction.py"))
+    (root / "common").mkdir(parents=True)
+    monkeypatch.setattr("experiments.common.reproduction.__file__", str(root / "common" / "reproduction.py"))
 
     def digest(main, helper="x = 1", other="z = 1"):
         for name, text in (("main", main), ("helper", helper), ("other", other)):
@@ -189,3 +189,8 @@ def test_the_code_of_a_study_is_what_computes(monkeypatch, tmp_path):
     assert len({digest(plain), digest(plain, "x = 2"), digest(plain.replace("return x", "return 2"))}) == 3
     direct = plain.replace("from experiments import helper", "from experiments.helper import x")
     assert digest(direct) != digest(direct, "x = 2")
+    (root / "common" / "shared.py").write_text("y = 1")
+    deeper = plain.replace("from experiments import helper", "from experiments.common import shared")
+    before = digest(deeper)
+    (root / "common" / "shared.py").write_text("y = 2")
+    assert digest(deeper) != before

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import mnist, rate_grid, server_optimizers
+from experiments import server_optimizers
+from experiments.common import mnist, rate_grid
 from experiments.server_optimizers import METHODS, Config, by_class, measure, study_of
 from experiments.server_optimizers_report import CLIENT, FEDAVG, IID, PLAIN, SERVER, Measured, claims, skewed
 from fl_jax import algorithms, batches, models, sampling, training

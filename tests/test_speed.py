@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, speed, speed_floor
-from experiments.speed_measure import measure
-from experiments.speed_private import measure_private
-from experiments.speed_workloads import WORKLOADS, generate, load
+from experiments import speed
+from experiments.benchmark import floor
+from experiments.benchmark.measure import measure
+from experiments.benchmark.private import measure_private
+from experiments.benchmark.workloads import WORKLOADS, generate, load
+from experiments.common import cli
 from fl_jax import algorithms, models
 from fl_jax.errors import FlJaxError
 
@@ -94,14 +96,14 @@ def test_one_line_of_json_from_a_process_of_its_own(file, tmp_path):
 
 def test_the_floor_is_plain_sgd_whatever_its_form():
     work = generate("W4", 1)
-    held = speed_floor.shuffled(work, 0)
+    held = floor.shuffled(work, 0)
     expected = jax.tree.map(np.float64, work.variables.params["Dense_0"])
-    steps = speed_floor.UNROLLED
+    steps = floor.UNROLLED
     for x, y in zip(np.float64(held[0][:steps]), np.asarray(held[1][:steps])):
         error = (np.exp(log_softmax(x @ expected["kernel"] + expected["bias"])) - np.eye(10)[y]) / len(y)
         expected["kernel"] = expected["kernel"] - 0.01 * x.T @ error
         expected["bias"] = expected["bias"] - 0.01 * error.sum(0)
-    forms = dict(speed_floor.forms(work))
+    forms = dict(floor.forms(work))
     assert len(forms) > 1
     for loop in forms.values():
         after = loop(work.variables.params, held, jnp.int32(0), jnp.int32(steps))["Dense_0"]
@@ -188,7 +190,7 @@ def test_the_command_line_reads_as_in_the_readme():
 def test_every_workload_is_fedavg(monkeypatch):
     seen = {}
     monkeypatch.setattr(algorithms, "fedavg", lambda model, optimizer, local, gradient, engine: seen.update(size=local.size, steps=local.steps(jnp.int32(45))))
-    from experiments.speed_measure import fedavg
+    from experiments.benchmark.measure import fedavg
     from fl_jax.core import Engine
 
     for name, steps in {"W1": 5, "W4": 100}.items():

@@ -10,7 +10,7 @@ from fl_jax.results import CLAIMS, Verdict, claims_table, load_run, read_claims
 from fl_jax.results.claims import from_record, record
 
 DATA, PAGE = "results.json", "results.md"
-BEGIN, END = "<!-- claims: made by experiments.results_page -->", "<!-- end of claims -->"
+BEGIN, END = "<!-- claims: made by make reproduce -->", "<!-- end of claims -->"
 _HEAD = """# Published results, and what this code gives
 
 Made by `make reproduce` from the last full run of each study; do not edit. Measured values are means over seeds with their 95 % interval

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import cli
+from experiments.common import cli
 from fl_jax.data import FederatedDataset
 from fl_jax.errors import FlJaxError
 from fl_jax.metrics import Metric

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.speed_measure import SLICE_SECONDS, Rounds
-from experiments.speed_workloads import generate
+from experiments.benchmark.measure import SLICE_SECONDS, Rounds
+from experiments.benchmark.workloads import generate
 from fl_jax import core, gradients
 from fl_jax.core import Engine
 

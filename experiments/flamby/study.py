@@ -1,4 +1,4 @@
-"""A study of FLamby's protocol (flamby_protocol.py): its own arms, the same with matched budgets, and each site left out in
+"""A study of FLamby's protocol (protocol.py): its own arms, the same with matched budgets, and each site left out in
 turn."""
 
 from collections.abc import Callable, Sequence
@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pandas as pd
 
-from experiments import cli, flamby_report
-from experiments.flamby_data import Variant, initial_params, stacked, variants_of_epochs, variants_of_rounds
-from experiments.flamby_protocol import FIRST_SEED, NOT_PASSED_ON, Config, Protocol, centralized, local_only
+from experiments.common import cli
+from experiments.flamby import report
+from experiments.flamby.data import Variant, initial_params, stacked, variants_of_epochs, variants_of_rounds
+from experiments.flamby.protocol import FIRST_SEED, NOT_PASSED_ON, Config, Protocol, centralized, local_only
 from fl_jax import algorithms, batches, sampling, sweep, training
 from fl_jax.data import FederatedDataset, pooled_train
 from fl_jax.types import FederatedAlgorithm, Model, PyTree, Sampling, Sites
@@ -37,7 +38,7 @@ def run(protocol: Protocol, config: Config) -> None:
         for arm in metrics["arm"].unique() if config.resume else ():
             folder.truncate_after(arm, -1)
         folder.append_metrics(metrics)
-        flamby_report.conclude(folder, protocol, config, dataset, metrics)
+        report.conclude(folder, protocol, config, dataset, metrics)
 
 
 def federated_arms(protocol: Protocol, model: Model, config: Config) -> list[training.Arm]:

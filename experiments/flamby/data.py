@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.flamby_protocol import LOCAL, POOLED, POOLED_OWN_SCALE, Load
+from experiments.flamby.protocol import LOCAL, POOLED, POOLED_OWN_SCALE, Load
 from fl_jax.data import FederatedDataset, Records
 from fl_jax.types import Array, Model, PyTree, Sites, Splits
 

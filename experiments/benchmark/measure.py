@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.speed_floor import Floor
-from experiments.speed_workloads import Work, generate, load
+from experiments.benchmark.floor import Floor
+from experiments.benchmark.workloads import Work, generate, load
 from fl_jax import algorithms, batches, core, evaluation, sampling, sweep, trees, tuning
 from fl_jax.core import Engine
 from fl_jax.results.environment import peak_memory

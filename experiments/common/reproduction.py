@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import fl_jax
-from experiments.config import Common
+from experiments.common.config import Common
 from fl_jax.errors import FlJaxError
 from fl_jax.results.claims import Claim
 
@@ -49,34 +49,34 @@ def code_of(name: str) -> str:
 
     Comments, docstrings and layout do not count: a better sentence costs no run of hours.
     """
-    library, experiments = Path(fl_jax.__file__).parent, Path(__file__).parent
+    library, root = Path(fl_jax.__file__).parent, Path(__file__).parents[2]
     files = {file.relative_to(library.parent).as_posix(): file for file in library.rglob("*.py")}
-    files |= {f"experiments/{module}.py": experiments / f"{module}.py" for module in _imported(name, experiments)}
+    files |= {file.relative_to(root).as_posix(): file for file in _imported(f"experiments.{name}", root)}
     digest = hashlib.sha256()
     for path, file in sorted(files.items()):
         digest.update(f"{path}\0{_meaning(file.read_text())}\0".encode())
     return digest.hexdigest()
 
 
-def _imported(name: str, experiments: Path) -> set[str]:
-    """The modules of experiments that one of them imports, itself and what these import included."""
-    found, waiting = set(), [name]
+def _imported(name: str, root: Path) -> set[Path]:
+    """The files of the modules of experiments that one of them imports, itself and what these import included."""
+    found, waiting = set[Path](), [name]
     while waiting:
-        module = waiting.pop()
-        if module not in found and (experiments / f"{module}.py").is_file():
-            found.add(module)
-            waiting += _imports(ast.parse((experiments / f"{module}.py").read_text()))
+        file = root / f"{waiting.pop().replace('.', '/')}.py"
+        if file not in found and file.is_file():
+            found.add(file)
+            waiting += _imports(ast.parse(file.read_text()))
     return found
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:
+    """The dotted names of experiments that may be modules: what is imported from, and what is imported."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "experiments":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("experiments."):
-            yield (node.module or "").removeprefix("experiments.")
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "experiments":
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix("experiments.") for alias in node.names if alias.name.startswith("experiments."))
+            yield from (alias.name for alias in node.names if alias.name.startswith("experiments."))
 
 
 def _meaning(source: str) -> str:

@@ -9,11 +9,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.rule import Rule
-from rich.table import Table as RichTable
 from rich.text import Text
 
-from experiments.flamby_data import torch_linear
-from experiments.flamby_protocol import (
+from experiments.common.report import Results, bullets
+from experiments.flamby.data import torch_linear
+from experiments.flamby.protocol import (
     NOT_PASSED_ON,
     POOLED,
     POOLED_OWN_SCALE,
@@ -24,7 +24,6 @@ from experiments.flamby_protocol import (
     over_all,
     over_published,
 )
-from experiments.quickstart_report import Results
 from fl_jax.data import FederatedDataset
 from fl_jax.results import (
     Column,
@@ -233,11 +232,3 @@ class Study:
         axes.set_xlabel(f"{self.protocol.metric} (test, mean of sites); line: mean of runs")
         figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
         return figure
-
-
-def bullets(sentences: Sequence[str]) -> RichTable:
-    """Sentences whose further lines are indented like the first."""
-    grid = RichTable.grid(padding=(0, 1, 0, 0))
-    for sentence in sentences:
-        grid.add_row(" •", Text(sentence))
-    return grid

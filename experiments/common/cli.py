@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from experiments.config import UNRECORDED, Common, ConfigT, load_json, override, recorded
+from experiments.common.config import UNRECORDED, Common, ConfigT, load_json, override, recorded
 from fl_jax.errors import FlJaxError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.speed_workloads import Work
+from experiments.benchmark.workloads import Work
 from fl_jax import models
 from fl_jax.types import Array, PyTree
 

@@ -1,0 +1,1 @@
+"""What experiments.speed measures: workloads, the floor that no engine passes, and how both are timed."""
