@@ -11,8 +11,8 @@ A learning rate is chosen from a grid of resolution 10^(1/3) by 5,000 of the tra
 the paper. Settings that the paper does not state: pixels in [0, 1], weights of variance 1 / inputs, biases 0, accuracy after each round.
 
 2 CPU cores: quick 51 s of processor time, half of it compilation, which is kept for the next time; the 2NN in full about 11 minutes of
-processor time; the CNN 41 s of it a round and seed. Expected, published / here: 2NN IID 87 / 35 rounds and two shards 664 / 165, both at
-the learning rate .2154. At .0464 the IID runs take the published number:
+processor time; the CNN 41 s of it a round and seed, about an hour. Expected, published / here: 2NN IID 87 / 35 rounds and two shards
+664 / 165, CNN IID 20 / 22, all at the learning rate .2154. At .0464 the IID runs take the published number:
 
     python -m experiments.fedavg_mnist --two-nn-iid.rates 0.0464 --two-nn-shards.rounds 0 --cnn-iid.rounds 0
 
