@@ -6,7 +6,7 @@ Ogier du Terrail et al. 2022, "FLamby: datasets and benchmarks for cross-silo fe
     python -m experiments.fed_heart_disease            # 100 initialisations
     python -m experiments.fed_heart_disease --quick    # 20, without the arms with matched budgets
 
-2 CPU cores: 95 s, quick 50 s, half of it compilation, which is kept for the next time. Expected, as the mean over the hospitals'
+2 CPU cores: 95 s, quick 37 s, most of it compilation, which is kept for the next time. Expected, as the mean over the hospitals'
 test sets, published / here from the same five starts / from 100: FedAvg .685 / .684 / .702, FedAdam .726 / .726 / .733, FedYogi and
 FedAdagrad .731 / .732 / .734, pooled .735 / .735 / .736; no run of these differs from its published one by more than .005. Of the
 distance from FedAvg to pooled training, .034 from 100 starts, a quarter is protocol: centralized training with FedAvg's SGD and as

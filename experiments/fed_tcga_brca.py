@@ -6,7 +6,7 @@ Ogier du Terrail et al. 2022, "FLamby: datasets and benchmarks for cross-silo fe
     python -m experiments.fed_tcga_brca            # 100 initialisations
     python -m experiments.fed_tcga_brca --quick    # 20, without the arms with matched budgets
 
-2 CPU cores: 95 s, quick 45 s, half of it compilation, which is kept for the next time. Expected, as the mean C-index over the
+2 CPU cores: 95 s, quick 37 s, most of it compilation, which is kept for the next time. Expected, as the mean C-index over the
 regions' test sets, published / here from the same five starts / from 100: FedAdam and FedYogi .815 / .814 / .773, FedAdagrad .813 /
 .819 / .809. FedAdam depends on the initial weight of age, and FLamby's starts were kind: its mean over all starts is out of reach.
 Runs of FedAvg, FedProx and the pooled arm, with a learning rate of .1, end anywhere (standard deviation .1 and more), here as

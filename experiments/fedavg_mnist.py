@@ -10,7 +10,7 @@ a client's images for the 2NN and five for the CNN.
 A learning rate is chosen from a grid of resolution 10^(1/3) by 5,000 of the training images, which the measured runs train on too, as in
 the paper. Settings that the paper does not state: pixels in [0, 1], weights of variance 1 / inputs, biases 0, accuracy after each round.
 
-2 CPU cores: quick 51 s of processor time, half of it compilation, which is kept for the next time; the 2NN in full about 11 minutes of
+2 CPU cores: quick 29 s, half of it compilation, which is kept for the next time; the 2NN in full about 11 minutes of
 processor time; the CNN 41 s of it a round and seed, about an hour. Expected, published / here: 2NN IID 87 / 35 rounds and two shards
 664 / 165, CNN IID 20 / 22, all at the learning rate .2154. At .0464 the IID runs take the published number:
 

@@ -10,10 +10,10 @@ the data seed draws sizes, labelling, features and the split; the two mu of a se
 
 All data seeds, federations and mu are rows of one program; there is one program for each share of stragglers, kept and dropped.
 
-2 CPU cores: 44 minutes of processor time, about 25 minutes; quick QUICKTIME. Expected, over rounds 151 to 200 of Synthetic(1, 1) and ten data
-seeds: training loss 1.07 for FedAvg and .41 for FedProx with mu = 1; with 90 % stragglers test accuracy .75 for FedAvg and .85 for
-FedProx, with or without them. Data seeds differ so much that ten say little of a level: over 40 of them FedAvg's .75 is .778 +- .035, in
-plain NumPy over 24 others .759 +- .053 (its first ten .70).
+2 CPU cores: 44 minutes of processor time in full, quick 50 s. Expected, over rounds 151 to 200 of Synthetic(1, 1) and ten data seeds:
+training loss 1.07 for FedAvg and .41 for FedProx with mu = 1; with 90 % stragglers test accuracy .75 for FedAvg and .85 for FedProx,
+which has that without them too. Data seeds differ so much that ten say little of a level: over 40 of them FedAvg's .75 is .778 +- .035,
+in plain NumPy over 24 others .759 +- .053 (its first ten .70).
 """
 
 import dataclasses
