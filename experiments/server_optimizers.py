@@ -13,11 +13,11 @@ client's images; a pair is chosen by the accuracy on these in the last fifth of 
 images. What is reported is the accuracy on the official test set in the last fifth of the rounds, of fresh seeds, each with its
 own partition, initial weights and cohorts, which the methods share. All points of a grid are rows of one program a method.
 
-2 CPU cores: 20 minutes of processor time in full, quick 47 s, most of it compilation; 3.7 GB of memory. Expected, test accuracy with Dir(.1) / without skew: FedAvg .718 / .836 (best server rate: 1
-in both), FedAvgM .728 / .856, FedAdagrad .758 / .846, FedAdam .730 / .859, FedYogi .742 / .859. With skew only FedAdagrad is
-clearly above FedAvg (+.039), the others by .01 to .02 with intervals that reach below 0; without skew all are, by .011 to .024,
-since they train faster. Of the chosen rates one is on the edge of its grid, FedAvgM's client rate without skew, .0316; with .01 no
-server rate of the grid is better there (.861 against .862 on validation images).
+2 CPU cores: 20 minutes of processor time in full, quick 47 s, most of it compilation; 3.7 GB of memory. Expected, test accuracy with
+Dir(.1) / without skew: FedAvg .718 / .836 (best server rate: 1 in both), FedAvgM .728 / .856, FedAdagrad .758 / .846, FedAdam .730 / .859,
+FedYogi .742 / .859. With skew only FedAdagrad is clearly above FedAvg (+.039), the others by .01 to .02 with intervals that reach below
+0; without skew all are, by .011 to .024, since they train faster. Of the chosen rates one is on the edge of its grid, FedAvgM's client
+rate without skew, .0316; with .01 no server rate of the grid is better there (.861 against .862 on validation images).
 Data: `python -m fl_jax.data prepare fashion_mnist`.
 """
 
