@@ -27,6 +27,7 @@ from fl_jax.errors import FlJaxError
 from fl_jax.files import disk_errors, read_json, write_json
 from fl_jax.results import CLAIMS, Verdict, claims_table, read_claims
 from fl_jax.results.claims import failed, not_run, write_claims
+from fl_jax.shell import INTERRUPTED
 
 BROKEN = 1
 STAMP = ".reproduced.json"
@@ -102,7 +103,7 @@ def reproduce(one: Study, folder: Path, config: Config) -> list[Verdict]:
     command += [] if config.devices is None else ["--devices", f"{config.devices}"]
     command += ["--tensorboard"] if config.tensorboard else []
     status = _wait(command)
-    if status == cli.INTERRUPTED:
+    if status == INTERRUPTED:
         raise KeyboardInterrupt(f"{one.name} was interrupted; the same command goes on with it.")
     if status or not (folder / CLAIMS).exists():
         return failed(one.name, claims, f"{' '.join(command[1:])} ended with status {status}")

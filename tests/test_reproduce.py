@@ -9,7 +9,7 @@ import pytest
 from experiments import reproduce
 from experiments.common import cli, results_page
 from experiments.common.reproduction import STUDIES, Reproduction, Study, code_of, study
-from fl_jax import data
+from fl_jax import data, shell
 from fl_jax.data.catalog import published
 from fl_jax.errors import FlJaxError
 from fl_jax.results import CLAIMS, Claim, Direction, RunFolder, describe_environment, judge, now
@@ -75,7 +75,7 @@ def test_a_finished_study_is_kept_until_its_configuration_or_code_changes(world)
 
 
 def test_an_interrupted_study_goes_on(world):
-    world.status = cli.INTERRUPTED
+    world.status = shell.INTERRUPTED
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         world.run()
     (world.out / "small" / "kept").write_text("")

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import datetime
 import inspect
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +19,13 @@ import tyro
 
 from experiments.common.config import UNRECORDED, Common, ConfigT, load_json, override, recorded
 from fl_jax.errors import FlJaxError
+from fl_jax.shell import status_of
 
 if TYPE_CHECKING:
     from fl_jax.results import RunFolder
 
 __all__ = ["UNRECORDED", "Common", "main", "new_folder", "parse", "recorded", "run_folder"]
 
-USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 RUNS = Path("runs")
 
 
@@ -40,20 +39,16 @@ def main(
     130 after Ctrl-C, and 141 without a word where nobody reads the output any more.
     """
     name = _name(run)
-    try:
+
+    def action() -> None:
         config = parse(config_type, sys.argv[1:] if argv is None else argv, f"python -m experiments.{name}")
         if computes:
             _prepare(config.devices, name)
         run(config)
-        sys.stdout.flush()
-    except FlJaxError as error:
-        _leave(f"{name}: {error}", USER_ERROR)
-    except KeyboardInterrupt as interrupt:
-        _leave(f"{name}: {str(interrupt) or 'interrupted.'}", INTERRUPTED)
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):  # or the interpreter complains when it flushes
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(BROKEN_PIPE)
+
+    status = status_of(name, action)
+    if status:
+        sys.exit(status)
 
 
 def parse(config_type: type[ConfigT], argv: Sequence[str], program: str | None = None) -> ConfigT:
@@ -133,10 +128,3 @@ def _name(run: Callable[..., None]) -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec.name if run.__module__ == "__main__" and spec is not None else run.__module__
     return module.rpartition(".")[2]
-
-
-def _leave(sentence: str, status: int) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-    print(sentence, file=sys.stderr)
-    sys.exit(status)

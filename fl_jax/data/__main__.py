@@ -6,8 +6,6 @@ address that `describe` shows. Nothing else downloads anything.
 """
 
 import argparse
-import contextlib
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -20,33 +18,23 @@ from fl_jax.data.prepared import DataMissing, raw_folder, resolve_data_dir
 from fl_jax.data.published import Published
 from fl_jax.data.tfds_source import find_prepared, prepared_names
 from fl_jax.errors import FlJaxError
-
-USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+from fl_jax.shell import status_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 2 after one line on stderr for a FlJaxError, 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
-    try:
-        if options.command == "list":
-            print(_list(options.data_dir))
-        elif options.command == "describe":
-            print(_describe(options.name, options.data_dir))
-        else:
-            for name in options.name:
-                _prepare(published(name), options)
-        sys.stdout.flush()
-    except FlJaxError as error:
-        print(f"fl_jax.data: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("fl_jax.data: interrupted; what was not whole has been removed.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):  # or the interpreter complains when it flushes
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    return 0
+    return status_of("fl_jax.data", lambda: _run(options), "interrupted; what was not whole has been removed.")
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "list":
+        print(_list(options.data_dir))
+    elif options.command == "describe":
+        print(_describe(options.name, options.data_dir))
+    else:
+        for name in options.name:
+            _prepare(published(name), options)
 
 
 def _parser() -> argparse.ArgumentParser:

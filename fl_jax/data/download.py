@@ -40,6 +40,8 @@ def _fetch(url: str, path: Path, progress: bool) -> None:
                 raise http.client.IncompleteRead(b"", size - file.tell())
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
         reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", None) or error
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the answer too, with a socket
         raise FlJaxError(
             f"Downloading {url} failed ({reason}): check the network, or put the file in a folder and name that by --from."
         ) from error

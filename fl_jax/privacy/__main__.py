@@ -10,10 +10,8 @@ one is replaced. A round is one noised sum: with several local steps a round, gi
 """
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -31,8 +29,8 @@ from fl_jax.privacy.accounting import CONVERSION, Accountant, natural_relation, 
 from fl_jax.privacy.budget import Budget
 from fl_jax.privacy.calibration import calibrate
 from fl_jax.privacy.ledger import NOT_AMPLIFIED, Cost, PrivacyLedger, Unit, coverage, open_ledger
+from fl_jax.shell import status_of
 
-USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 POINTS = 10
 
 
@@ -45,22 +43,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 2 after one line on stderr for bad input, 130 after Ctrl-C."""
-    try:
-        options = _parser().parse_args(argv)
-        _check(options)
-        print(_answer(options))
-        sys.stdout.flush()
-    except FlJaxError as error:
-        print(f"fl_jax.privacy: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("fl_jax.privacy: interrupted.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):  # or the interpreter complains when it flushes
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    return 0
+    return status_of("fl_jax.privacy", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    options = _parser().parse_args(argv)
+    _check(options)
+    print(_answer(options))
 
 
 def _parser() -> argparse.ArgumentParser:
