@@ -9,9 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.rule import Rule
-from rich.text import Text
 
-from experiments.common.report import bullets
+from experiments.common.report import bullets, say_where
 from experiments.fedavg_mnist_protocol import Outcome
 from fl_jax.results import (
     Column,
@@ -45,8 +44,7 @@ def conclude(folder: RunFolder, outcomes: Sequence[Outcome], verdicts: Sequence[
     console.print("", Rule("Reading", align="left"), bullets(sentences), "", claims_table(verdicts, "Claims"))
     folder.save_figure("accuracy_over_rounds", figure(outcomes))
     folder.write_summary({"problems": {outcome.problem.name: summary(outcome) for outcome in outcomes}, "reading": sentences})
-    console.print("\nmetrics.csv, claims.json, summary.json and figures are in", highlight=False)
-    console.print(Text(f"{folder.path}", style="bold"), soft_wrap=True)
+    say_where(console, folder)
 
 
 def overview(outcomes: Sequence[Outcome]) -> Table:

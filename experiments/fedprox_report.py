@@ -1,6 +1,6 @@
 """What the study of FedProx's synthetic federations says: claims, a table, the paper's figure, a reading."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.rule import Rule
-from rich.text import Text
 
-from experiments.common.report import bullets
+from experiments.common.report import bullets, say_where
 from fl_jax.results import (
     Claim,
     Column,
@@ -43,6 +42,7 @@ _TIED = (
     f"on data seed {TIED}, and on no other of ten, FedAvg is as good with one device a round, .88: plain NumPy on the same records has, for three "
     "draws of the cohorts, FedAvg at .900, .903 and .852, FedProx at .895, .889 and .897")
 _difference = with_bounds(signed())
+Law = Callable[["Results"], npt.NDArray[np.float64]]
 
 
 def synthetic(alpha: float) -> str:
@@ -76,18 +76,18 @@ def claims(config: "Config") -> list[Claim]:
     return [claim for claim, _ in _stated(config)]
 
 
-def _stated(config: "Config") -> Iterator[tuple[Claim, "_Law"]]:
+def _stated(config: "Config") -> Iterator[tuple[Claim, Law]]:
     """Each claim with the function that measures it, one value a data seed."""
     where = synthetic(1.0)
     none, most = 0.0 in config.stragglers, 0.9 in config.stragglers
     both = {0.0, 1.0} <= {*config.mu}
 
     def law(
-        text: str, published: float, direction: Direction, tolerance: float, reason: str, of: "_Law", cause: str = ""
-    ) -> tuple[Claim, "_Law"]:
+        text: str, published: float, direction: Direction, tolerance: float, reason: str, of: Law, cause: str = ""
+    ) -> tuple[Claim, Law]:
         return Claim(text, _SOURCE, published, direction, tolerance, reason, expected=not cause, cause=cause), of
 
-    def level(text: str, published: float, tolerance: float, deviation: float, of: "_Law") -> tuple[Claim, "_Law"]:
+    def level(text: str, published: float, tolerance: float, deviation: float, of: Law) -> tuple[Claim, Law]:
         """A level, of the mean over data seeds; the quick form's few may be a standard error farther away."""
         reason = f"the value is a NumPy restatement's, of other data seeds; these have a standard deviation of {deviation:g}"
         if config.quick:
@@ -142,9 +142,6 @@ class Results:
         return (ours > theirs).astype(np.float64)
 
 
-_Law = Any  # (Results) -> float64[S]
-
-
 def _by_seed(rows: pd.DataFrame) -> npt.NDArray[np.float64]:
     return rows.groupby("seed")["value"].mean().sort_index().to_numpy()
 
@@ -161,8 +158,7 @@ def conclude(folder: RunFolder, config: "Config", metrics: pd.DataFrame) -> None
     folder.save_figure("training_loss", figure(config, results, LOSS, "training loss"))
     folder.save_figure("test_accuracy", figure(config, results, ACCURACY, "test accuracy"))
     folder.write_summary({"results": summary(config, results), "reading": sentences})
-    console.print(f"\nmetrics.csv, claims.json, summary.json and figures of {config.seeds} data seeds are in", highlight=False)
-    console.print(Text(f"{folder.path}", style="bold"), soft_wrap=True)
+    say_where(console, folder, f"{config.seeds} data seeds")
 
 
 def _cases(config: "Config") -> Iterator[tuple[str, float, str]]:

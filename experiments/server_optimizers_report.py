@@ -10,10 +10,9 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.rule import Rule
-from rich.text import Text
 
 from experiments.common import rate_grid
-from experiments.common.report import bullets
+from experiments.common.report import bullets, say_where
 from fl_jax.data import class_counts
 from fl_jax.results import (
     Claim,
@@ -139,8 +138,7 @@ def conclude(
         folder.save_figure(f"accuracy_{_file(partition)}", measured.curves(partition))
         folder.save_figure(f"grid_{_file(partition)}", grid_figure(tried[partition]))
     folder.write_summary(measured.summary())
-    console.print(f"\nmetrics.csv, claims.json, summary.json and figures of {config.seeds} seeds are in", highlight=False)
-    console.print(Text(f"{folder.path}", style="bold"), soft_wrap=True)
+    say_where(console, folder, f"{config.seeds} seeds")
 
 
 class Measured:

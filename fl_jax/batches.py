@@ -17,6 +17,7 @@ import dp_accounting
 import jax
 import jax.numpy as jnp
 
+from fl_jax import mechanism
 from fl_jax.errors import FlJaxError
 from fl_jax.poisson import poisson, poisson_epochs
 from fl_jax.types import Array, Batches, Key
@@ -139,15 +140,15 @@ def _fixed(batch_size: int) -> Callable[[Order], Array]:
 
 
 def _account_passes(event: dp_accounting.DpEvent, passes: Callable[[], int]) -> dp_accounting.DpEvent:
-    """A round of so many passes, in each of which a record is in one step: no amplification, under replace-one, since a record that is
-    added or removed moves others to other steps. All of n drawn without replacement is the event that says so."""
+    """A round of so many passes, in each of which a record is in one step: no amplification, and under replace-one alone, since a record
+    that is added or removed moves others to other steps."""
     if event == dp_accounting.NonPrivateDpEvent():
         return event
     try:
         count = passes()
     except (TypeError, jax.errors.ConcretizationTypeError) as error:
         raise FlJaxError("The number of passes must be known outside of jit and vmap for what they cost to be accounted: give a number.") from error
-    return dp_accounting.SelfComposedDpEvent(dp_accounting.SampledWithoutReplacementDpEvent(1, 1, event), count)
+    return dp_accounting.SelfComposedDpEvent(mechanism.replacing(event), count)
 
 
 def _passes(batch_size: int):

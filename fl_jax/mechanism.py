@@ -32,8 +32,8 @@ def gaussian(noise_multiplier: float | Array) -> dp_accounting.DpEvent:
 
 
 def replacing(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
-    """The event of a mechanism whose observers see who takes part: under replace-one alone, infinite under add-or-remove-one, and not
-    amplified by the sampling of clients. It is written as all of one drawn without replacement."""
+    """The event of a mechanism that is one of replace-one alone, e.g. since its observers see who takes part: infinite under
+    add-or-remove-one, and not amplified by the sampling of clients. It is written as all of one drawn without replacement."""
     return event if event == dp_accounting.NonPrivateDpEvent() else dp_accounting.SampledWithoutReplacementDpEvent(1, 1, event)
 
 

@@ -1,13 +1,14 @@
-"""What reports share: the last round's metrics as vectors over seeds, and sentences as a list."""
+"""What reports share: the last round's metrics as vectors over seeds, sentences as a list, and where the files are."""
 
 from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fl_jax.results import Missing, last_round
+from fl_jax.results import Missing, RunFolder, last_round
 from fl_jax.statistics import Interval, mean_interval, paired_difference
 
 
@@ -44,3 +45,9 @@ def bullets(sentences: Iterable[str], mark: str = "•") -> RichTable:
     for sentence in sentences:
         grid.add_row(f" {mark}", Text(sentence))
     return grid
+
+
+def say_where(console: Console, folder: RunFolder, of: str = "") -> None:
+    """The last words of a report: where its files are. of: what they are of."""
+    console.print(f"\nmetrics.csv, claims.json, summary.json and figures{f' of {of}' if of else ''} are in", highlight=False)
+    console.print(Text(f"{folder.path}", style="bold"), soft_wrap=True)

@@ -9,9 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.rule import Rule
-from rich.text import Text
 
-from experiments.common.report import Results, bullets
+from experiments.common.report import Results, bullets, say_where
 from experiments.flamby.data import torch_linear
 from experiments.flamby.protocol import (
     NOT_PASSED_ON,
@@ -66,8 +65,7 @@ def conclude(folder: RunFolder, protocol: Protocol, config: Config, dataset: Fed
     if config.leave_out:
         folder.save_figure("left_out", per_site(metrics, protocol.metric, "unseen", arms=[*arms, POOLED], bounds=RANGE))
     folder.write_summary(study.summary())
-    console.print(f"\nmetrics.csv, claims.json, summary.json and figures of {config.seeds} seeds are in", highlight=False)
-    console.print(Text(f"{folder.path}", style="bold"), soft_wrap=True)
+    say_where(console, folder, f"{config.seeds} seeds")
 
 
 class Study:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fl_jax.audit.canaries import alignment
 from fl_jax.audit.scores import Scores
 from fl_jax.errors import FlJaxError
 from fl_jax.sweep import each_run
@@ -59,8 +60,6 @@ def watched(
 def moved(canaries: PyTree) -> Watch:
     """The attacker who knows the canaries' directions, every leaf [k, ...], like the shared params, and sees how far the parameters
     went along them; down, as messages are pseudo-gradients."""
-    from fl_jax.audit.canaries import alignment
-
     return lambda before, after: alignment(jax.tree.map(jnp.subtract, before.shared.params, after.shared.params), canaries)
 
 

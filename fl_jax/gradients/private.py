@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fl_jax import clipping, trees
+from fl_jax import clipping, mechanism, trees
 from fl_jax.clipping import Clipping
 from fl_jax.errors import FlJaxError
 from fl_jax.gradients import scaling
@@ -79,7 +79,8 @@ def _mechanism(
     if microbatch is not None and microbatch < 1:
         raise FlJaxError(f"microbatch must be 1 or more, and is {microbatch}.")
     refuse_batch_layers(model)
-    noisy = not isinstance(noise_multiplier, Real) or noise_multiplier > 0
+    event = mechanism.gaussian(noise_multiplier)
+    noisy = event != dp_accounting.NonPrivateDpEvent()
     multiplier = bounds.multiplier(noise_multiplier)  # type: ignore[arg-type]  # a tracer passes through a fixed clip
     check = refuse_mixing(model)
 
@@ -110,7 +111,6 @@ def _mechanism(
         shares = {name: counts[name] / jnp.maximum(counts["records"], 1) for name in ("loss", "clipped", "nonfinite")}
         return gradient, bounds.update(clip_key, state, centred, batch.expected), stats, shares | {"clip": bound}
 
-    event = dp_accounting.GaussianDpEvent(noise_multiplier) if noisy else dp_accounting.NonPrivateDpEvent()
     return Gradient(lambda params: bounds.init(), compute, ("loss", "clip", "clipped", "nonfinite"), event)
 
 

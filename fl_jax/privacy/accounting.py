@@ -58,8 +58,8 @@ def epsilon(
     """Epsilon at delta of all events together, each as many times as it was spent.
 
     By RDP one round's vector of divergences is computed once per process and scaled: .1 ms from then on. By PLD .5 s, and .1 s for
-    another number of rounds. interval: of the grid of privacy losses, for PLD; a coarser one is faster and its epsilon larger. Infinity where an event is not private or this accountant cannot account for it under this relation.
-    Raises FlJaxError for a delta outside (0, 1).
+    another number of rounds. interval: of the grid of privacy losses, for PLD; a coarser one is faster and its epsilon larger. Infinity
+    where an event is not private or this accountant cannot account for it under this relation. Raises FlJaxError for a delta outside (0, 1).
 
     Poisson samples that are cut to a capacity c (TruncatedSubsampledGaussianDpEvent of n records) cost what plain Poisson samples cost,
     at delta - p, where p bounds the probability that the coins of the other records of a step, of which neighbours have at most n, come
