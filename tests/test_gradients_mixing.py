@@ -110,6 +110,7 @@ def test_losses_of_the_whole_batch_are_refused():
 @pytest.mark.parametrize("module, example, x", [
     (Between(nn.GroupNorm(2)), None, None), (Recomputed(), None, None), (models.TwoNN(3, hidden=4), None, None),
     (models.FedAvgCNN(3), jnp.zeros((1, 4, 4, 1)), jnp.zeros((7, 4, 4, 1))),
+    (models.DPSGDCNN(3), jnp.zeros((1, 18, 18, 1)), jnp.zeros((7, 18, 18, 1))),
     (models.PflCifarCNN(3), jnp.zeros((1, 6, 6, 3)), jnp.zeros((7, 6, 6, 3))),
 ], ids=lambda value: type(value).__name__)
 def test_what_does_not_mix_passes(module, example, x):

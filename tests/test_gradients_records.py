@@ -73,6 +73,7 @@ NETWORKS = {
     "2NN": lambda: of(models.TwoNN(3, hidden=5), (2, 3)),
     "linear risk": lambda: of(models.LinearCox(), (4,), models.squared_error),
     "FedAvg CNN": lambda: of(models.FedAvgCNN(3), (4, 4, 1)),
+    "DP-SGD CNN": lambda: of(models.DPSGDCNN(3), (18, 18, 1)),
     "CIFAR CNN with dropout": lambda: of(models.PflCifarCNN(3), (6, 6, 3)),
     "residual block": lambda: of(Residual(), (4, 4, 2)),
     "several": lambda: of(Several(), (3, 4)),
@@ -80,7 +81,7 @@ NETWORKS = {
     "nnx": lambda: (models.bridge_nnx(Nnx, jnp.zeros((1, 4)), models.softmax_cross_entropy), (4,), jnp.float32),
     "ResNet-18": lambda: of(models.ResNet18(3, lambda train: nn.GroupNorm(2), width=4), (8, 8, 3)),
 }
-WITHOUT_GRADIENTS = {"logistic regression": 1, "2NN": 3, "linear risk": 1, "FedAvg CNN": 2, "CIFAR CNN with dropout": 2,
+WITHOUT_GRADIENTS = {"logistic regression": 1, "2NN": 3, "linear risk": 1, "FedAvg CNN": 2, "DP-SGD CNN": 2, "CIFAR CNN with dropout": 2,
                      "residual block": 1, "several": 2, "words": 2, "nnx": 0, "ResNet-18": 1}
 
 

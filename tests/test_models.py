@@ -157,6 +157,8 @@ def test_conv_inside_a_loop_of_steps_for_several_clients_equals_flax_and_has_a_s
         ((7, 7), (3, 3), (2, 2), "SAME"),
         ((7, 5), (2, 2), (2, 2), "SAME"),
         ((5, 5), (2, 2), None, "VALID"),
+        ((7, 8), (3, 2), (2, 1), "VALID"),
+        ((2, 5), (3, 2), (2, 1), "VALID"),
     ],
 )
 def test_max_pool_equals_flax_with_its_gradient(image, window, strides, padding):
@@ -434,6 +436,7 @@ def test_an_example_of_float64_is_what_jax_makes_of_it():
         (models.TwoNN(10), (28, 28, 1), 199_210),
         (models.FedAvgCNN(10), (28, 28, 1), 1_663_370),
         (models.FedAvgCNN(62), (28, 28, 1), 1_663_370 + 52 * 513),
+        (models.DPSGDCNN(10), (28, 28, 1), 26_010),
         (models.PflCifarCNN(10), (32, 32, 3), 1_626_442),
         (models.ResNet18(10, models.batch_norm), (32, 32, 3), 11_173_962),
         (models.ResNet18(10, models.group_norm), (32, 32, 3), 11_173_962),

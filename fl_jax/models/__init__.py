@@ -1,6 +1,7 @@
 """Models: flax modules behind one bridge, the losses, the networks of the literature, and layers that are fast on a CPU."""
 
 from fl_jax.models.architectures import (
+    DPSGDCNN,
     FedAvgCNN,
     LinearCox,
     LogisticRegression,
@@ -27,6 +28,7 @@ from fl_jax.models.losses import (
 from fl_jax.models.nnx import bridge_nnx
 
 __all__ = [
+    "DPSGDCNN",
     "Conv",
     "FedAvgCNN",
     "LinearCox",
