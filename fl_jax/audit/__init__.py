@@ -1,6 +1,6 @@
 """Audits: what an attacker really finds out, beside what was claimed. Canaries, membership inference, label recovery."""
 
-from fl_jax.audit.canaries import alignment, directions, only, with_clients, with_records
+from fl_jax.audit.canaries import alignment, blank, directions, only, with_clients, with_records
 from fl_jax.audit.inversion import infer_label
 from fl_jax.audit.membership import Shadows, by_likelihood_ratio, by_loss, confidences, shadow_models
 from fl_jax.audit.runs import absent, moved, one_run, repeated, watched
@@ -12,6 +12,7 @@ __all__ = [
     "absent",
     "alignment",
     "area_under_curve",
+    "blank",
     "by_likelihood_ratio",
     "by_loss",
     "confidences",

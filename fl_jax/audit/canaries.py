@@ -51,6 +51,21 @@ def only(sites: Sites, included: Array) -> Sites:
     return Sites(x, y, sites.offset, size)
 
 
+def blank(sites: Sites, rows: Array, present: Array) -> Sites:
+    """The sites with zeros for features and label of those rows, int32[k], for which present, bool[k], does not hold; a pure function.
+
+    A record of zeros stands for none where its gradient is 0, as in a linear model without a bias (the zero-out relation of Kairouz et al.
+    2021, "Practical and private (deep) learning without sampling or shuffling"). Unlike `only` it leaves the number of records as it
+    is, by which a private mean divides and which counts as public: so the score tells the record and not the number.
+    """
+
+    def kept(table: Array) -> Array:
+        return table.at[rows].multiply(present.reshape(-1, *(1,) * (table.ndim - 1)).astype(table.dtype))
+
+    x, y = jax.tree.map(kept, (sites.x, sites.y))
+    return sites._replace(x=x, y=y)
+
+
 class _Carry(NamedTuple):
     id: Array
     inner: PyTree
