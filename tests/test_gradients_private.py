@@ -81,8 +81,8 @@ def test_a_step_without_noise_is_abadis(model, params):
     expected, _ = by_hand(model, params, batch, clip)
     slope, _, stats, metrics = run(gradients.private(model, clip, 0.0), params, batch)
     close(slope, expected)
-    assert float(metrics["clipped"]) == pytest.approx(2 / 5)
-    assert metrics["clip"] == np.float32(clip) and metrics["nonfinite"] == 0 and stats == {}
+    assert float(metrics["records_clipped"]) == pytest.approx(2 / 5)
+    assert metrics["record_clip"] == np.float32(clip) and metrics["records_nonfinite"] == 0 and stats == {}
     plain = run(gradients.plain(model), params, batch)[3]
     assert float(metrics["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-5)
 
@@ -125,7 +125,7 @@ def test_padding_and_empty_batches_add_nothing(model, params):
     gradient = gradients.private(model, CLIP, 0.0)
     close(run(gradient, params, batch)[:2], run(gradient, params, dense)[:2])
     slope, _, _, metrics = run(gradient, params, a_batch((0,) * ROWS))
-    assert norm(slope) == 0 and metrics["loss"] == 0 and metrics["clipped"] == 0
+    assert norm(slope) == 0 and metrics["loss"] == 0 and metrics["records_clipped"] == 0
     noisy = run(gradients.private(model, CLIP, 2.0), params, a_batch((0,) * ROWS))[0]
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert norm(noisy) == pytest.approx(2.0 * CLIP / EXPECTED * size**0.5, rel=0.4)
@@ -152,7 +152,7 @@ def test_replacing_a_record_by_anything_moves_the_sum_by_its_bound_at_most(model
                     moved = norm(jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), slope, base))
                     assert moved <= CLIP * (1 + 1e-5) + 1e-6, (value, weights)
                     if not np.isfinite(value) or np.isnan(weights):
-                        assert moved == 0 and (metrics["nonfinite"] > 0 or label == 7)
+                        assert moved == 0 and (metrics["records_nonfinite"] > 0 or label == 7)
 
 
 def test_the_noise_is_as_stated_and_never_the_same(model, params):
@@ -186,7 +186,7 @@ def test_lanes_are_what_each_site_would_do_alone(model, params):
     together = jax.jit(jax.vmap(site))(keys, rates, rates)
     alone = [jax.jit(site)(key, rate, rate) for key, rate in zip(keys, rates, strict=True)]
     close(together, jax.tree.map(lambda *leaves: np.stack(leaves), *alone))
-    assert gradient.metrics == ("loss", "clip", "clipped", "nonfinite")
+    assert gradient.metrics == ("loss", "record_clip", "records_clipped", "records_nonfinite")
 
 
 @pytest.mark.parametrize("form", [gradients.private, gradients.private_reference])
@@ -202,8 +202,8 @@ def test_the_bound_follows_the_quantile_inside_a_site(model, params, form):
             return jax.lax.scan(lambda state, key: step(state, key), state, jax.random.split(KEY, 200))
 
         state, metrics = jax.jit(walk)(gradient.init(params))
-        end = np.exp(np.log(np.asarray(metrics["clip"])[-50:]).mean())
-        assert norms[2] * 0.8 < end < norms[4] * 1.2 and metrics["clip"][0] == np.float32(start)
+        end = np.exp(np.log(np.asarray(metrics["record_clip"])[-50:]).mean())
+        assert norms[2] * 0.8 < end < norms[4] * 1.2 and metrics["record_clip"][0] == np.float32(start)
         assert float(state) != start
 
 
@@ -225,7 +225,7 @@ def test_a_schedule_counts_the_steps_of_a_site(model, params):
     state, bounds = gradient.init(params), []
     for _ in range(4):
         _, state, _, metrics = run(gradient, params, a_batch(), state=state)
-        bounds.append(float(metrics["clip"]))
+        bounds.append(float(metrics["record_clip"]))
     assert bounds == [4, 3, 2, 1]
 
 
@@ -246,7 +246,7 @@ def test_without_noise_and_with_a_huge_clip_a_federation_is_fedavg(model, sites)
     _, plain, plain_metrics = rounds(model, even, gradients.plain(model))
     close(private.shared, plain.shared)
     np.testing.assert_allclose(metrics.clients["loss"], plain_metrics.clients["loss"], rtol=1e-5)
-    assert (np.asarray(metrics.clients["clipped"]) == 0).all()
+    assert (np.asarray(metrics.clients["records_clipped"]) == 0).all()
 
 
 def test_a_round_on_several_devices_is_that_of_one_and_keeps_each_sites_bound(model, sites):

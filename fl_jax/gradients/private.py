@@ -29,6 +29,8 @@ from fl_jax.types import Array, Batch, Gradient, Key, Metrics, Model, PyTree
 Noise = Callable[[Key, PyTree], PyTree]
 """(key, tree of arrays) -> independent standard normals, float32, in its structure and shapes; optax.tree.random_like is one."""
 
+CLIPPED = ("records_clipped", "records_nonfinite")
+
 
 def private(
     model: Model, clip: float | Array | Clipping, noise_multiplier: float | Array, *,
@@ -51,8 +53,8 @@ def private(
     Guarantee: a step is one Gaussian mechanism of this multiplier for adding or removing one record of the batch (the sum moves
     by at most the clip), and of half of it for replacing one (`event` states noise over clip; fl_jax.privacy converts), before
     any amplification by how batches are drawn, which is the Batches' account. It covers the gradient and the clip, and not the
-    metrics, which are exact: "loss", "clip" (the bound), "clipped" (share of records that did not fit it) and "nonfinite" (share
-    that added nothing).
+    metrics, which are exact: "loss", "record_clip" (the bound), "records_clipped" (the share that did not fit it) and "records_nonfinite"
+    (the share that added nothing).
 
     Raises FlJaxError: a clip or noise_multiplier out of range; a model with BatchNorm or other statistics, or that mixes records
     otherwise, or a loss of the whole batch (see gradients.mixing); a Batch that does not say what is expected.
@@ -98,7 +100,7 @@ def _mechanism(
             factors, fits, finite = scaling.factors(norm, records.norms, bound)
             present = mask > 0
             total = records.combine(jnp.where(present[:, None], factors, 0))
-            counted: dict[str, Any] = {"loss": records.losses, "records": 1.0, "clipped": ~fits, "nonfinite": ~finite}
+            counted: dict[str, Any] = {"loss": records.losses, "records": 1.0, "records_clipped": ~fits, "records_nonfinite": ~finite}
             return total, {name: jnp.sum(jnp.where(present, value, 0), dtype=jnp.float32) for name, value in counted.items()}
 
         rows = (jnp.arange(batch.mask.shape[0]), batch.x, batch.y, batch.mask)
@@ -107,11 +109,11 @@ def _mechanism(
             deviation = multiplier * bound
             total = jax.tree.map(lambda leaf, z: leaf + deviation * z, total, noise(noise_key, total))
         gradient = jax.tree.map(lambda leaf, like: (leaf / batch.expected).astype(like.dtype), total, params)
-        centred = counts["records"] / 2 - counts["clipped"]
-        shares = {name: counts[name] / jnp.maximum(counts["records"], 1) for name in ("loss", "clipped", "nonfinite")}
-        return gradient, bounds.update(clip_key, state, centred, batch.expected), stats, shares | {"clip": bound}
+        centred = counts["records"] / 2 - counts["records_clipped"]
+        shares = {name: counts[name] / jnp.maximum(counts["records"], 1) for name in ("loss", *CLIPPED)}
+        return gradient, bounds.update(clip_key, state, centred, batch.expected), stats, shares | {"record_clip": bound}
 
-    return Gradient(lambda params: bounds.init(), compute, ("loss", "clip", "clipped", "nonfinite"), event)
+    return Gradient(lambda params: bounds.init(), compute, ("loss", "record_clip", *CLIPPED), event)
 
 
 def _in_parts(part: Callable[..., PyTree], rows: PyTree, size: int) -> PyTree:

@@ -44,7 +44,8 @@ def evaluation_rows(
 def round_rows(
     labels: Sequence[Label], first_round: int, metrics: RoundMetrics, payload: tuple[int, int]
 ) -> Iterator[MetricRow]:
-    """One row per run, round and metric of split "round": the mean training loss, the server's metrics, bytes down and up.
+    """One row per run, round and metric of split "round": the server's metrics, the sites' own, such as the training loss, as means over
+    the records that they trained on, bytes down and up.
 
     metrics: every leaf [S, T, ...], of rounds first_round, first_round + 1, ... payload: bytes (down, up) of one client.
     """
@@ -52,9 +53,9 @@ def round_rows(
     weight = participated * np.asarray(metrics.clients.get("records", participated))
     server = {name: np.asarray(value) for name, value in metrics.server.items()}
     total = weight.sum(-1)
-    if "loss" in metrics.clients:
-        losses = np.where(participated > 0, np.asarray(metrics.clients["loss"]), 0)
-        server["loss"] = np.where(total > 0, (losses * weight).sum(-1) / np.maximum(total, 1), np.nan)
+    for name in sorted(metrics.clients.keys() - server.keys() - {"participated", "records"}):
+        values = np.where(participated > 0, np.asarray(metrics.clients[name]), 0)
+        server[name] = np.where(total > 0, (values * weight).sum(-1) / np.maximum(total, 1), np.nan)
     server["bytes_down"], server["bytes_up"] = (server["participants"] * size for size in payload)
     for s, (arm, seed) in enumerate(labels):
         for t in range(total.shape[1]):
