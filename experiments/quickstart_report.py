@@ -11,7 +11,7 @@ from rich.text import Text
 
 from experiments.common.report import Results, bullets
 from fl_jax.data import FederatedDataset, describe, label_distribution
-from fl_jax.privacy import CONVERSION, Accountant, PrivacyLedger, coverage
+from fl_jax.privacy import CONVERSION, Accountant, PrivacyLedger, Unit, coverage
 from fl_jax.results import (
     Column,
     Missing,
@@ -29,6 +29,7 @@ from fl_jax.training import Fit
 
 RANGE = (0.0, 1.0)
 ACCOUNTANT = Accountant.PLD
+DP_SGD = "DP-SGD"
 MOST_SITES = 8  # columns of the table by site, and sites named in a sentence; metrics.csv has all
 REFERENCES = ("local only", "centralized")
 NAMES = {"auroc": "AUROC", "accuracy": "accuracy"}
@@ -55,7 +56,7 @@ def conclude(
         console.print(overview(results, dataset, arms, metric), "")
     for metric in NAMES:
         console.print(by_site(results, dataset, arms, metric), "")
-    console.print(costs(fits, epsilons, config), "")
+    console.print(costs(fits, ledgers, epsilons, config), "")
     unseen = " An unseen site has the mean over the models that the sites deploy." if dataset.unseen_names else ""
     console.print(f"Test records, after round {config.rounds}; mean ± half of the 95 % interval over {config.seeds} seeds (Student t). "
                   f"Δ: difference paired by seed, * where the interval leaves out 0.{unseen}\n", style="dim")
@@ -77,8 +78,8 @@ def conclude(
                  for arm in arms},
         "differences": {arm: {metric: {other: results.difference(arm, other, "test", "mean", metric)._asdict() for other in REFERENCES}
                               for metric in NAMES} for arm in arms if arm not in REFERENCES},
-        "epsilon": {arm: {"epsilon": epsilon, "delta": config.delta, "unit": "client", "accountant": CONVERSION[ACCOUNTANT]}
-                    for arm, epsilon in epsilons.items()},
+        "epsilon": {arm: {"epsilon": epsilon, "delta": config.delta, "unit": ledgers[arm].unit, "name": ledgers[arm].name,
+                          "accountant": CONVERSION[ACCOUNTANT]} for arm, epsilon in epsilons.items()},
         "bytes_per_round": {arm: dict(zip(("down", "up"), fit.payload, strict=True)) for arm, fit in fits.items()},
         "notes": list(dataset.notes), "troubles": troubles, "seconds": seconds,
     })
@@ -116,15 +117,23 @@ def by_site(results: Results, dataset: FederatedDataset, arms: list[str], metric
     return comparison_table(rows, columns, f"{NAMES[metric]} at each site{cut}")
 
 
-def costs(fits: Mapping[str, Fit], epsilons: Mapping[str, float], config: Any) -> Table:
-    """One row per arm: what one site receives and sends in a round, and what it is promised."""
+def costs(fits: Mapping[str, Fit], ledgers: Mapping[str, PrivacyLedger], epsilons: Mapping[str, float], config: Any) -> Table:
+    """One row per arm: what one site receives and sends in a round, and what a site and a record are promised."""
     rows: list[dict[str, Any]] = []
     for arm, fit in fits.items():
         down, up = (Missing("the records themselves travel") if arm == "centralized" else size / 1000 for size in fit.payload)
-        rows.append({"arm": arm, "down": down, "up": up, "epsilon": epsilons.get(arm, Missing("nothing is promised"))})
+        row: dict[str, Any] = {"arm": arm, "down": down, "up": up}
+        row |= {unit.value: Missing("nothing is promised") for unit in Unit}
+        if arm in ledgers:
+            row[ledgers[arm].unit] = epsilons[arm]
+            if ledgers[arm].unit is Unit.CLIENT:
+                row[Unit.RECORD] = Missing("promised to the site as a whole")
+        rows.append(row)
+    names = {ledger.unit: ledger.name for ledger in ledgers.values()}
     columns = [Column("arm", "", right=False), Column("down", "kB down", "{:.1f}".format), Column("up", "kB up", "{:.1f}".format),
-               Column("epsilon", f"ε of a site (δ {config.delta:g})", _epsilon)]
-    return comparison_table(rows, columns, f"Costs of a site: traffic in a round, privacy after {config.rounds} rounds")
+               *(Column(unit, f"ε of a {names[unit]}", _epsilon) for unit in (Unit.RECORD, Unit.CLIENT))]
+    return comparison_table(
+        rows, columns, f"Costs of a site: traffic in a round, privacy after {config.rounds} rounds (δ {config.delta:g})")
 
 
 def reading(results: Results, dataset: FederatedDataset, arms: list[str]) -> list[str]:
@@ -156,21 +165,33 @@ def reading(results: Results, dataset: FederatedDataset, arms: list[str]) -> lis
 def privacy_reading(
     results: Results, dataset: FederatedDataset, ledgers: Mapping[str, PrivacyLedger], epsilons: Mapping[str, float], config: Any
 ) -> list[str]:
-    """What each private arm promises a site, and what its noise did."""
+    """What each private arm promises and to whom, what its noise did, and what the ledger holds."""
     sentences = []
-    for arm in ledgers:
+    for arm, ledger in ledgers.items():
         rows = results.metrics[(results.metrics["arm"] == arm) & (results.metrics["split"] == "round")]
         means = rows.groupby("metric")["value"].mean()
-        sentences.append(
-            f"{arm}: epsilon {_epsilon(epsilons[arm])} at delta {config.delta:g} for a whole site, AUROC "
-            f"{_shown(results.interval(arm, 'test', 'mean', 'auroc'))}; the noise is {means['noise_norm'] / means['signal_norm']:.1f} times as "
-            f"long as the mean update, {100 * means['clipped']:.0f} % of the updates were clipped.")
+        if ledger.unit is Unit.CLIENT:
+            whom = "a whole site"
+            effect = (f"the noise is {means['noise_norm'] / means['signal_norm']:.1f} times as long as the mean update, "
+                      f"{100 * means['clipped']:.0f} % of the updates were clipped")
+        else:
+            whom, effect = f"one {ledger.name}", f"{100 * means['records_clipped']:.0f} % of the gradients were clipped"
+        auroc, accuracy = (_shown(results.interval(arm, "test", "mean", metric)) for metric in ("auroc", "accuracy"))
+        sentences.append(f"{arm}: epsilon {_epsilon(epsilons[arm])} at delta {config.delta:g} for {whom}; AUROC {auroc}, accuracy {accuracy}; "
+                         f"{effect}.")
+    dp_sgd = ledgers[DP_SGD]
+    entry = max(dp_sgd.entries, key=lambda entry: dp_sgd.epsilons(config.delta, ACCOUNTANT)[entry.cost.site])
+    sentences.append(
+        f"The ledger of {DP_SGD} at {entry.cost.site}: {entry.rounds} rounds of {entry.cost.label}. So epsilon is {_epsilon(epsilons[DP_SGD])} of "
+        f"the {config.epsilon:g} that it was calibrated to; a round that would overspend is refused.")
     sentences.append(
         f"{dataset.num_sites} sites cannot hide one of them and learn much: the noise that hides a site is spread over {dataset.num_sites} "
         f"only, and {config.rounds} rounds add up.")
-    sentences += coverage(next(iter(ledgers.values())))
+    of_sites, of_records = (next(ledger for ledger in ledgers.values() if ledger.unit is unit) for unit in (Unit.CLIENT, Unit.RECORD))
+    sentences += dict.fromkeys([*coverage(of_records), *coverage(of_sites)])
     sentences.append(
-        f"Epsilon is by {CONVERSION[ACCOUNTANT]}. BatchNorm statistics stay at the sites in the private arms, which alone changes accuracy.")
+        f"Epsilon is by {CONVERSION[ACCOUNTANT]}. BatchNorm statistics stay at the sites where a site is hidden, and {DP_SGD} has LayerNorm in place "
+        "of BatchNorm, which would mix records: this alone changes accuracy.")
     return sentences
 
 

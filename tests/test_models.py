@@ -441,6 +441,7 @@ def test_an_example_of_float64_is_what_jax_makes_of_it():
         (models.ResNet18(10, models.batch_norm), (32, 32, 3), 11_173_962),
         (models.ResNet18(10, models.group_norm), (32, 32, 3), 11_173_962),
         (models.TabularNet(2, hidden=16), (13,), 13 * 16 + 16 + 2 * 16 + 16 * 2 + 2),
+        (models.TabularNet(2, hidden=16, norm=models.layer_norm), (13,), 13 * 16 + 16 + 2 * 16 + 16 * 2 + 2),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

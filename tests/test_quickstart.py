@@ -19,7 +19,8 @@ from experiments.common import cli
 from fl_jax import runtime
 from fl_jax.results import RunFolder, load_run
 
-ARMS = ["local only", "centralized", "FedAvg", "FedProx", "FedAdam", "FedBN", "DP, weak", "DP, strong"]
+ARMS = ["local only", "centralized", "FedAvg", "FedProx", "FedAdam", "FedBN", "DP, weak", "DP, strong", "DP-SGD"]
+BUDGET = "DP-SGD: the privacy budget allows all {} rounds, and would allow 0 more.\n"
 FIGURES = {"auroc_over_rounds", "accuracy_over_rounds", "auroc_per_site", "accuracy_per_site", "labels_per_site"}
 
 
@@ -64,7 +65,7 @@ def hospitals(program, tmp_path_factory):
     assert error.splitlines()[-1].endswith(f"it is saved in {folder} and can be resumed.")
     with program("--out", folder, "--resume", "--tensorboard") as second:
         printed, error = second.communicate()
-    assert second.returncode == 0 and error == "", error
+    assert second.returncode == 0 and error == BUDGET.format(6), error
     return load_run(folder), printed
 
 
@@ -76,7 +77,7 @@ def clinics(program, tmp_path_factory):
     with program("--out", folder / "run", "--csv", path, "--site", "clinic", "--label", "outcome", "--group", "patient",
                  "--unseen", "Away") as process:
         printed, error = process.communicate()
-    assert process.returncode == 0 and error == "", error
+    assert process.returncode == 0 and error == BUDGET.format(6), error
     return load_run(folder / "run"), printed
 
 
@@ -125,7 +126,8 @@ def test_the_summary_has_intervals_of_the_rows(hospitals):
     for other in ("local only", "centralized"):
         assert_interval(run.summary["differences"]["FedBN"]["auroc"][other], values("FedBN", "test", "mean") - values(other, "test", "mean"))
     epsilon = {arm: found["epsilon"] for arm, found in run.summary["epsilon"].items()}
-    assert 0 < epsilon["DP, strong"] < epsilon["DP, weak"] < 100
+    assert 0 < epsilon["DP, strong"] < epsilon["DP, weak"] < 100 and 2.97 < epsilon["DP-SGD"] <= 3
+    assert [run.summary["epsilon"][arm]["name"] for arm in ("DP, weak", "DP-SGD")] == ["site", "patient"]
     sent = {arm: found["up"] for arm, found in run.summary["bytes_per_round"].items()}
     assert 0 == sent["local only"] < sent["FedBN"] < sent["DP, weak"] < sent["FedAvg"]
     assert run.summary["troubles"] == []
@@ -134,7 +136,7 @@ def test_the_summary_has_intervals_of_the_rows(hospitals):
 @pytest.mark.slow
 def test_what_is_printed_says_what_is_real_and_fits_the_terminal(hospitals):
     run, printed = hospitals
-    for words in ("Real: the patients", "Simulated: the hospitals", "Hospital F (unseen)", "AUROC at each site", "Costs of a site",
+    for words in ("Real: the patients", "Simulated: the hospitals", "Hospital F (unseen)", "AUROC at each site", "Costs of a site", "The ledger of DP-SGD at Hospital A: 6 rounds of 4 times (Gaussian noise of",
                   "Δ central", "interval over 3 seeds", f"{run.summary['epsilon']['DP, strong']['epsilon']:.3g}", *ARMS):
         assert words in plain(printed), words
     assert printed.splitlines()[-1] == str(run.path)

@@ -12,6 +12,7 @@ from fl_jax.models.architectures import (
     TwoNN,
     batch_norm,
     group_norm,
+    layer_norm,
 )
 from fl_jax.models.bridge import bridge, images_uint8, owner
 from fl_jax.models.convolution import cpu_convolution, default_convolution, im2col, minimal_filtering, xla_convolution
@@ -48,6 +49,7 @@ __all__ = [
     "group_norm",
     "im2col",
     "images_uint8",
+    "layer_norm",
     "masked_mean",
     "max_pool",
     "minimal_filtering",

@@ -23,6 +23,12 @@ def group_norm(train: bool) -> nn.Module:
     return nn.GroupNorm(num_groups=32)
 
 
+def layer_norm(train: bool) -> nn.Module:
+    """LayerNorm: each record by its own mean and spread, so that, unlike BatchNorm, it suits a private gradient of records."""
+    del train
+    return nn.LayerNorm()
+
+
 class LogisticRegression(nn.Module):
     """Multinomial logistic regression, one dense layer: x [B, ...], flattened -> logits [B, num_classes].
 
@@ -67,18 +73,19 @@ class TwoNN(nn.Module):
 
 
 class TabularNet(nn.Module):
-    """A small network for tables with one BatchNorm: dense, BatchNorm, ReLU, dense.
+    """A small network for tables with one normalisation: dense, norm, ReLU, dense.
 
-    x [B, features] -> logits [B, num_classes].
+    x [B, features] -> logits [B, num_classes]. norm: (train) -> layer, by default `batch_norm`.
     """
 
     num_classes: int
     hidden: int = 64
+    norm: Norm = batch_norm
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         x = nn.Dense(self.hidden)(x)
-        x = nn.relu(batch_norm(train)(x))
+        x = nn.relu(self.norm(train)(x))
         return nn.Dense(self.num_classes)(x)
 
 
