@@ -36,11 +36,11 @@ from experiments.common import cli, mnist, rate_grid
 from experiments.common.reproduction import Reproduction
 from experiments.server_optimizers_report import CLIENT, FEDAVG, IID, PLAIN, SERVER, skewed
 from fl_jax import algorithms, batches, data, models, sampling, sweep, training
-from fl_jax.data import FederatedDataset, Records
+from fl_jax.data import FederatedDataset
 from fl_jax.errors import FlJaxError
 from fl_jax.metrics import CLASSIFICATION
 from fl_jax.results import RunFolder
-from fl_jax.types import Array, Batches, FederatedAlgorithm, Model, PyTree, Sites
+from fl_jax.types import Array, Batches, FederatedAlgorithm, Model, PyTree
 
 FIRST_TUNING_SEED = 1000  # the seeds that are reported are 0, 1, ...
 CHUNK = 500
@@ -232,28 +232,11 @@ def study_of(config: Config, model: Model, draws: Sequence[Draw]) -> training.St
     datasets = [draw.dataset for draw in draws]
     names = datasets[0].class_names
     splits = mnist.stacked(datasets)._replace(
-        validation=by_class([dataset.validation for dataset in datasets], len(names)),
-        test=by_class([datasets[0].test], len(names)))
+        validation=mnist.by_class([dataset.validation for dataset in datasets], len(names)),
+        test=mnist.by_class([datasets[0].test], len(names)))
     return training.Study(
         model, splits, names, (), config.rounds, config.evaluate_every, chunk=CHUNK,
         metrics={"accuracy": CLASSIFICATION["accuracy"]}, mesh=sweep.run_mesh())
-
-
-def by_class(tables: Sequence[Records], num_classes: int) -> Sites:
-    """The records of each class as those of one site, stacked over draws: an official test set has no owners, but classes.
-
-    "all" is then the whole set, and the worst client's accuracy follows from its mix of classes.
-    """
-    length = max(1, *(len(table.y) for table in tables))
-
-    def padded(leaf: np.ndarray) -> np.ndarray:
-        return np.pad(leaf, [(0, length - len(leaf)), *[(0, 0)] * (leaf.ndim - 1)])
-
-    def sites(table: Records) -> tuple[np.ndarray, ...]:
-        order, size = np.argsort(table.y, kind="stable"), np.bincount(table.y, minlength=num_classes)
-        return padded(table.x[order]), padded(table.y[order]), (np.cumsum(size) - size).astype(np.int32), size.astype(np.int32)
-
-    return Sites(*(jnp.asarray(np.stack(leaves)) for leaves in zip(*map(sites, tables), strict=True)))
 
 
 def arm_of(config: Config, model: Model, name: str, method: str, own: str | None = None) -> training.Arm:

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import server_optimizers
 from experiments.common import mnist, rate_grid
-from experiments.server_optimizers import METHODS, Config, by_class, measure, study_of
+from experiments.server_optimizers import METHODS, Config, measure, study_of
 from experiments.server_optimizers_report import CLIENT, FEDAVG, IID, PLAIN, SERVER, Measured, claims, skewed
 from fl_jax import algorithms, batches, models, sampling, training
 from fl_jax.data import Records, Source, class_counts
@@ -190,7 +190,7 @@ def test_rounds_are_counted_to_the_target(finished):
 def test_the_records_of_each_class_are_one_site():
     rng = np.random.default_rng(0)
     tables = [Records(np.arange(n, dtype=np.float32)[:, None], rng.integers(0, 3, n), np.array([0, n])) for n in (7, 4, 0)]
-    sites = by_class(tables, 4)
+    sites = mnist.by_class(tables, 4)
     assert sites.x.shape == (3, 7, 1) and sites.size.dtype == jnp.int32
     for i, table in enumerate(tables):
         found = {}

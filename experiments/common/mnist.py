@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fl_jax import models
-from fl_jax.data import FederatedDataset, Source, fashion_mnist, from_sources, mnist, no_records
+from fl_jax.data import FederatedDataset, Records, Source, fashion_mnist, from_sources, mnist, no_records
 from fl_jax.types import Array, Model, Sites, Splits
 
 Partition = Callable[[np.random.Generator, np.ndarray], np.ndarray]
@@ -60,6 +60,23 @@ def stacked(datasets: Sequence[FederatedDataset]) -> Splits:
 
     test, unseen = (jax.tree.map(lambda leaf: leaf[None], sites) for sites in (splits[0].test, splits[0].unseen))
     return Splits(side_by_side([s.train for s in splits]), side_by_side([s.validation for s in splits]), test, unseen)
+
+
+def by_class(tables: Sequence[Records], num_classes: int) -> Sites:
+    """The records of each class as those of one site, stacked over draws: an official test set has no owners, but classes.
+
+    "all" is then the whole set, and the worst client's accuracy follows from its mix of classes.
+    """
+    length = max(1, *(len(table.y) for table in tables))
+
+    def padded(leaf: np.ndarray) -> np.ndarray:
+        return np.pad(leaf, [(0, length - len(leaf)), *[(0, 0)] * (leaf.ndim - 1)])
+
+    def sites(table: Records) -> tuple[np.ndarray, ...]:
+        order, size = np.argsort(table.y, kind="stable"), np.bincount(table.y, minlength=num_classes)
+        return padded(table.x[order]), padded(table.y[order]), (np.cumsum(size) - size).astype(np.int32), size.astype(np.int32)
+
+    return Sites(*(jnp.asarray(np.stack(leaves)) for leaves in zip(*map(sites, tables), strict=True)))
 
 
 def unit_pixels(x: Array) -> Array:
