@@ -33,6 +33,20 @@ def test_every_record_has_one_site_and_no_site_is_empty(name, seed, num_sites):
     assert (site != PARTITIONERS[name](np.random.default_rng(seed + 1), LABELS, num_sites)).any()
 
 
+def test_case_mix_has_the_sizes_and_the_odds_that_were_asked_for():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1], [2600, 7400]))
+    sizes, log_odds = np.array([5000, 3000, 2000]), np.array([0.0, -1.0, 1.0])
+    site = partition.case_mix(np.random.default_rng(1), labels, sizes, log_odds)
+    cases = np.array([labels[site == i].sum() for i in range(3)])
+    assert np.bincount(site).tolist() == sizes.tolist() and cases.sum() == 7400
+    found = np.log(cases / (sizes - cases))
+    np.testing.assert_allclose(found - found[0], log_odds, atol=0.01)  # counts are whole: one record of 200 is .005
+    assert (site != partition.case_mix(np.random.default_rng(2), labels, sizes, log_odds)).any()
+    np.testing.assert_allclose(partition.spread_log_odds(0.9, 4), [-0.3, 0.3, -0.9, 0.9])
+    with pytest.raises(FlJaxError, match="a size and log-odds for each site"):
+        partition.case_mix(np.random.default_rng(1), labels, sizes - 1, log_odds)
+
+
 @pytest.mark.parametrize("name", PARTITIONERS)
 def test_more_sites_than_records_is_refused(name):
     with pytest.raises(FlJaxError, match="cannot fill 9 sites"):

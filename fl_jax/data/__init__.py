@@ -9,6 +9,7 @@ from fl_jax.data.hospitals import simulated_hospitals
 from fl_jax.data.leaf import read_leaf
 from fl_jax.data.partition import (
     by_column,
+    case_mix,
     classes_per_client,
     dirichlet_per_class,
     dirichlet_per_client,
@@ -50,6 +51,7 @@ __all__ = [
     "breast_cancer",
     "by_column",
     "calibrate",
+    "case_mix",
     "class_counts",
     "classes_per_client",
     "describe",

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from fl_jax.data import partition
 from fl_jax.data.arrays import from_arrays
 from fl_jax.data.federated import FederatedDataset
-from fl_jax.data.partition import apportion
+from fl_jax.data.partition import apportion, spread_log_odds
 from fl_jax.data.shift import calibrate, draw_calibration
 from fl_jax.data.sklearn_sources import breast_cancer
 from fl_jax.data.standardize import Statistics, pooled_statistics, standardize_features
@@ -69,12 +70,8 @@ def simulated_hospitals(
             f"{len(source.y)} patients at {num_hospitals} hospitals and {num_unseen} at an unseen one leave a hospital with "
             f"{max(int(sizes.min()), 0)}: every one needs {_SMALLEST}, so take fewer hospitals or a smaller size_ratio."
         )
-    spread = np.linspace(-case_mix, case_mix, num_hospitals) if num_hospitals > 1 else np.zeros(1)
-    log_odds = np.append(spread[np.argsort(np.abs(spread), kind="stable")], np.zeros(min(num_unseen, 1)))
-    malignant = _cases(sizes, log_odds, int(source.y.sum()))
-    hospital = np.empty(len(source.y), np.int64)
-    for label, counts in ((1, malignant), (0, sizes - malignant)):
-        hospital[rng.permutation(np.flatnonzero(source.y == label))] = np.repeat(np.arange(len(sizes)), counts)
+    log_odds = np.append(spread_log_odds(case_mix, num_hospitals), np.zeros(min(num_unseen, 1)))
+    hospital = partition.case_mix(rng, source.y, sizes, log_odds)
 
     shifted = np.ones(len(sizes))
     shifted[0] = 0.0
@@ -112,19 +109,6 @@ def simulated_hospitals(
         f"Features are standardised by {statistics.__name__.replace('_', ' ')} of the training records.",
     )
     return replace(standardize_features(dataset, statistics), notes=notes)
-
-
-def _cases(sizes: np.ndarray, log_odds: np.ndarray, total: int) -> np.ndarray:
-    """How many of each hospital's patients are cases, int64, so that they sum to `total` and odds differ by `log_odds`.
-
-    The common intercept is found by bisection: the expected number of cases grows with it.
-    """
-    low, high = -50.0, 50.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        expected = sizes / (1 + np.exp(-(middle + log_odds)))
-        low, high = (middle, high) if expected.sum() < total else (low, middle)
-    return apportion(expected, total)
 
 
 def _letters(i: int) -> str:

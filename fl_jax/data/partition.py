@@ -209,6 +209,28 @@ def quantity_dirichlet(
     return _until(draw, num_sites, min_size, max_draws, "a larger alpha, a smaller min_size or fewer sites")
 
 
+def case_mix(rng: np.random.Generator, labels: np.ndarray, sizes: np.ndarray, log_odds: np.ndarray) -> np.ndarray:
+    """Binary label skew by design: sites of the given sizes whose odds of class 1 differ by exp(log_odds), records of a class by chance.
+
+    labels: int[R] of 0 and 1. sizes: int[N] that sum to R. log_odds: float[N], up to a common constant, which is found so that every
+    record has a site. Raises FlJaxError for other labels, sizes that do not sum to R, and lengths that differ.
+    """
+    labels, sizes, log_odds = np.asarray(labels), np.asarray(sizes), np.asarray(log_odds, float)
+    if not np.isin(labels, (0, 1)).all() or sizes.shape != log_odds.shape or sizes.sum() != len(labels):
+        raise FlJaxError("A case mix needs labels of 0 and 1, and a size and log-odds for each site, the sizes summing up to the records.")
+    cases = _cases(sizes, log_odds, int(labels.sum()))
+    site = np.empty(len(labels), np.int64)
+    for label, counts in ((1, cases), (0, sizes - cases)):
+        site[rng.permutation(np.flatnonzero(labels == label))] = np.repeat(np.arange(len(sizes)), counts)
+    return site
+
+
+def spread_log_odds(strength: float, num_sites: int) -> np.ndarray:
+    """Log-odds float64[N] spread evenly over +- strength, the first sites the least and the last ones the most extreme."""
+    spread = np.linspace(-strength, strength, num_sites) if num_sites > 1 else np.zeros(num_sites)
+    return spread[np.argsort(np.abs(spread), kind="stable")]
+
+
 def apportion(shares: np.ndarray, total: int, *, minimum: int = 0) -> np.ndarray:
     """Whole numbers int64[N] that sum to `total`, in proportion to `shares` (largest remainders), each at least `minimum`."""
     shares = np.asarray(shares, float) / np.sum(shares)
@@ -222,6 +244,19 @@ def apportion(shares: np.ndarray, total: int, *, minimum: int = 0) -> np.ndarray
     largest = np.argsort(-(exact - whole), kind="stable")[: total - whole.sum()]
     whole[largest] += 1
     return whole
+
+
+def _cases(sizes: np.ndarray, log_odds: np.ndarray, total: int) -> np.ndarray:
+    """How many of each site's records are of class 1, int64, so that they sum to `total` and odds differ by `log_odds`.
+
+    The common intercept is found by bisection: the expected number of cases grows with it.
+    """
+    low, high = -50.0, 50.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        expected = sizes / (1 + np.exp(-(middle + log_odds)))
+        low, high = (middle, high) if expected.sum() < total else (low, middle)
+    return apportion(expected, total)
 
 
 def _deal(rng: np.random.Generator, sizes: np.ndarray) -> np.ndarray:
