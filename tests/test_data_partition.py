@@ -42,7 +42,7 @@ def test_case_mix_has_the_sizes_and_the_odds_that_were_asked_for():
     found = np.log(cases / (sizes - cases))
     np.testing.assert_allclose(found - found[0], log_odds, atol=0.01)  # counts are whole: one record of 200 is .005
     assert (site != partition.case_mix(np.random.default_rng(2), labels, sizes, log_odds)).any()
-    np.testing.assert_allclose(partition.spread_log_odds(0.9, 4), [-0.3, 0.3, -0.9, 0.9])
+    np.testing.assert_allclose(np.abs(partition.spread_log_odds(1.5, 4)), [0.5, 0.5, 1.5, 1.5])
     with pytest.raises(FlJaxError, match="a size and log-odds for each site"):
         partition.case_mix(np.random.default_rng(1), labels, sizes - 1, log_odds)
 
