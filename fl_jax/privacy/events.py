@@ -76,7 +76,7 @@ def describe(event: dp_accounting.DpEvent) -> str:
             return (f"Gaussian noise of {event.noise_multiplier:g} clips, on a Poisson sample at rate {event.sampling_probability:g} of "
                     f"{event.dataset_size}, {event.truncated_batch_size} at most")
         case dp_accounting.SelfComposedDpEvent():
-            return f"{event.count} times ({describe(event.event)})"
+            return describe(event.event) if event.count == 1 else f"{event.count} times ({describe(event.event)})"
         case dp_accounting.ComposedDpEvent(events=(
             dp_accounting.UnsupportedDpEvent(), dp_accounting.SelfComposedDpEvent(event=dp_accounting.NoOpDpEvent(), count=period), known,
         )):  # of fl_jax.mechanism.once_in
