@@ -156,7 +156,8 @@ def uplink(client: Client, transform: Uplink) -> Client:
         own = client.event(num_records)
         return transform.event if own == dp_accounting.NonPrivateDpEvent() else own
 
-    return Client(init, begin, step, end, lambda shared, kept: client.model(shared, kept.client), client.batches, event, transform.event)
+    return Client(init, begin, step, end, lambda shared, kept: client.model(shared, kept.client), client.batches, event, transform.event,
+                  transform.bits)
 
 
 def _no_metrics(gradient: Gradient) -> Metrics:

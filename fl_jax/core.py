@@ -103,8 +103,7 @@ def federate(
         return client.model(state.shared, trees.row(state.clients, id))
 
     def payload(state: State) -> tuple[int, int]:
-        size = trees.num_bytes(state.shared)  # a message has the structure of what is shared
-        return size, size
+        return trees.num_bytes(state.shared), -(-client.message_bits(state.shared) // 8)
 
     # what is private in the server's hands, or else before it gets there
     event = client.message_event if aggregator.event == dp_accounting.NonPrivateDpEvent() else aggregator.event

@@ -163,6 +163,11 @@ def not_private(num_records: int) -> dp_accounting.DpEvent:
     return dp_accounting.NonPrivateDpEvent()
 
 
+def uncompressed(shared: PyTree) -> int:
+    """The bits of a message that is sent as it is."""
+    return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shared))
+
+
 class Client(NamedTuple):
     """One site's side of a round, written for ONE site; the engine decides which sites step side by side.
 
@@ -174,6 +179,7 @@ class Client(NamedTuple):
     batches: the records of each step
     event:   (num_records) -> the record-level DpEvent of one round
     message_event: the client-level DpEvent of one message for whoever sees it, where it is private before the server gets it
+    message_bits: (shared) -> the bits of one message on the wire; a Python int, known from shapes
     """
 
     init: Callable[[Variables], tuple[PyTree, PyTree]]
@@ -184,6 +190,7 @@ class Client(NamedTuple):
     batches: Batches
     event: Callable[[int], dp_accounting.DpEvent] = not_private
     message_event: dp_accounting.DpEvent = dp_accounting.NonPrivateDpEvent()
+    message_bits: Callable[[PyTree], int] = uncompressed
 
 
 class Uplink(NamedTuple):
@@ -192,11 +199,13 @@ class Uplink(NamedTuple):
     init:  (shared) -> state that the site keeps between rounds
     apply: (key, state, message) -> (message, state, metrics); both messages are like `shared`
     event: the DpEvent of one message, for whoever sees it and whatever else the site could have sent
+    bits:  (shared) -> the bits of one message on the wire; a Python int, known from shapes
     """
 
     init: Callable[[PyTree], PyTree]
     apply: Callable[[Key, PyTree, PyTree], tuple[PyTree, PyTree, Metrics]]
     event: dp_accounting.DpEvent = dp_accounting.NonPrivateDpEvent()
+    bits: Callable[[PyTree], int] = uncompressed
 
 
 class Aggregator(NamedTuple):

@@ -1,4 +1,4 @@
-"""What happens to a message before it leaves its site (`clients.uplink` puts it there): local differential privacy."""
+"""Local differential privacy: a message is private before anybody sees it."""
 
 import jax
 import jax.numpy as jnp
