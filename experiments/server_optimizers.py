@@ -56,11 +56,6 @@ METHODS: Mapping[str, Build] = {
 }
 
 
-def decades(*halves: int) -> tuple[float, ...]:
-    """10 to the power of each half."""
-    return tuple(10 ** (half / 2) for half in halves)
-
-
 @dataclasses.dataclass(frozen=True)
 class Config(cli.Common):
     """Adaptive server optimizers, momentum and FedAvg, their two learning rates tuned alike, with label skew and without."""
@@ -93,17 +88,17 @@ class Config(cli.Common):
     """seeds of the grid, which are others; of one, the best few pairs are told apart by its cohorts' noise"""
     validation: float = 0.1
     """share of a client's images that the grid is judged by"""
-    client_rates: tuple[float, ...] = decades(-3, -2, -1, 0)
+    client_rates: tuple[float, ...] = rate_grid.decades(-3, -2, -1, 0)
     """SGD rates of the clients to try, with every method"""
-    fedavg_rates: tuple[float, ...] = decades(-1, 0, 1, 2)
+    fedavg_rates: tuple[float, ...] = rate_grid.decades(-1, 0, 1, 2)
     """server rates to try; 1, which is plain averaging, among them"""
-    fedavgm_rates: tuple[float, ...] = decades(-2, -1, 0, 1)
+    fedavgm_rates: tuple[float, ...] = rate_grid.decades(-2, -1, 0, 1)
     """the same of FedAvgM, whose momentum multiplies a rate by 10 in the long run"""
-    fedadagrad_rates: tuple[float, ...] = decades(-5, -4, -3, -2)
+    fedadagrad_rates: tuple[float, ...] = rate_grid.decades(-5, -4, -3, -2)
     """the same of FedAdagrad"""
-    fedadam_rates: tuple[float, ...] = decades(-6, -5, -4, -3)
+    fedadam_rates: tuple[float, ...] = rate_grid.decades(-6, -5, -4, -3)
     """the same of FedAdam"""
-    fedyogi_rates: tuple[float, ...] = decades(-6, -5, -4, -3)
+    fedyogi_rates: tuple[float, ...] = rate_grid.decades(-6, -5, -4, -3)
     """the same of FedYogi"""
     target: float = 0.7
     """the test accuracy to which rounds are counted"""
@@ -130,8 +125,8 @@ class Config(cli.Common):
         """Two rates of each, a smaller network, a fifth of the rounds; no clients without skew, no FedYogi, FedAdam's like."""
         return cls(
             quick=True, iid=False, rounds=30, seeds=3, hidden=50, methods=(FEDAVG, "FedAvgM", "FedAdagrad", "FedAdam"),
-            client_rates=decades(-3, -2), fedavg_rates=decades(-1, 0), fedavgm_rates=decades(-2, -1),
-            fedadagrad_rates=decades(-4, -3), fedadam_rates=decades(-5, -4))
+            client_rates=rate_grid.decades(-3, -2), fedavg_rates=rate_grid.decades(-1, 0), fedavgm_rates=rate_grid.decades(-2, -1),
+            fedadagrad_rates=rate_grid.decades(-4, -3), fedadam_rates=rate_grid.decades(-5, -4))
 
     def axes(self, method: str) -> dict[str, tuple[float, ...]]:
         """The grid of a method, for rate_grid."""

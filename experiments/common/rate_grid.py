@@ -33,6 +33,11 @@ class Choice(NamedTuple):
     edges: tuple[str, ...]
 
 
+def decades(*steps: int, parts: int = 2) -> tuple[float, ...]:
+    """10 to the power of each step, of `parts` to a decade."""
+    return tuple(10 ** (step / parts) for step in steps)
+
+
 def points(axes: Axes) -> list[dict[str, float]]:
     """All points, name -> value. Raises FlJaxError where there is no axis, or one has no value, or values that do not ascend."""
     if not axes:
