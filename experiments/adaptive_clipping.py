@@ -28,7 +28,7 @@ import optax
 import pandas as pd
 
 from experiments import adaptive_clipping_report
-from experiments.adaptive_clipping_report import CLIENT, CLIP, FIXED, MEDIAN, PLAIN, SERVER, bounds
+from experiments.adaptive_clipping_protocol import CLIENT, CLIP, FIXED, MEDIAN, PLAIN, SERVER, bounds, claims
 from experiments.common import cli, mnist, rate_grid
 from experiments.common.reproduction import Reproduction
 from fl_jax import aggregators, algorithms, batches, clipping, data, models, sampling, sweep, training
@@ -290,7 +290,7 @@ def _fedavgm(config: Config, model: Model, client: PyTree, server: PyTree, aggre
         aggregator=aggregator)
 
 
-REPRODUCTION = Reproduction(adaptive_clipping_report.claims, datasets=("mnist",))
+REPRODUCTION = Reproduction(claims, datasets=("mnist",))
 
 if __name__ == "__main__":
     cli.main(run, Config)

@@ -1,24 +1,22 @@
-"""What the study of adaptive clipping says: claims, a table with a row for each bound, a reading, figures."""
+"""What the study of adaptive clipping says: a table with a row for each bound, a reading, figures."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.rule import Rule
 
+from experiments import adaptive_clipping_figures
+from experiments.adaptive_clipping_protocol import FIXED, MEDIAN, PLAIN, SERVER, bounds, short, stated
 from experiments.common import rate_grid
 from experiments.common.report import Results, bullets, say_where
 from fl_jax.privacy import Accountant, PrivacyLedger, coverage
 from fl_jax.results import (
-    Claim,
     Column,
-    Direction,
     Missing,
     RunFolder,
     Table,
@@ -27,69 +25,19 @@ from fl_jax.results import (
     curves,
     judge,
     number,
-    over_seeds,
     select,
     signed,
     with_bounds,
     with_margin,
 )
-from fl_jax.results.figures import PALETTE
 from fl_jax.statistics import Interval, mean_interval
 
 if TYPE_CHECKING:
     from experiments.adaptive_clipping import Config, Rates, Tried
 
-CLIENT, SERVER, CLIP = "client rate", "server rate", "clip"
-MEDIAN, FIXED, PLAIN = "median bound", "fixed bound", "no privacy"
-_PAPER = "arXiv 1905.03871"
 _EPSILON = "epsilon_client_rdp"
 _ACCURACY = (0.0, 1.0)
-_GREY = "#555555"
 _difference, _level = with_bounds(signed()), with_bounds(number())
-Law = Callable[["Measured"], npt.NDArray[np.float64]]
-
-
-def bounds(config: "Config") -> list[str]:
-    """What the arms with a bound are called in the rows: the fixed ones, ascending, and the one that adapts."""
-    return [*(f"{FIXED}{rate_grid.suffix({CLIP: clip})}" for clip in config.clips), MEDIAN]
-
-
-def claims(config: "Config") -> list[Claim]:
-    """What the configuration is to show."""
-    return [claim for claim, _ in _stated(config)]
-
-
-def _stated(config: "Config") -> Iterator[tuple[Claim, Law]]:
-    """Each claim with the function that measures it, one value a seed."""
-    quick = config.quick
-    yield Claim(
-        f"{MEDIAN} minus the best fixed clip", f"a bar of our own, from {_PAPER}, section 3", 0.0, Direction.AT_LEAST, 0.05 if quick else 0.01,
-        "half of these few rounds pass before the bound has come up from .1: on another seed's validation images it is .02 behind after 25 and "
-        "after 50 rounds; three standard errors of two seeds that differ by .015 are as much again" if quick else
-        "published as as good as the best fixed clip or better, over thousands of rounds; one point is what the choice of a rate and the noise of "
-        "a mean of ten seeds may cost. The best is picked by the same test images, which favours it", quick=quick,
-    ), lambda found: found.minus(found.best)
-    if not config.chosen:
-        yield Claim(
-            f"{MEDIAN} minus the fixed clip that validation images choose", f"a bar of our own, from {_PAPER}, section 3", 0.0,
-            Direction.AT_LEAST, 0.01, "as for the best one, which this may or may not be"), lambda found: found.minus(found.chosen)
-    yield Claim(
-        f"{MEDIAN} minus the worst fixed clip", "a bar of our own", 0.03, Direction.AT_LEAST, 0.0,
-        "the largest clip is four times the median norm: for the same updates it has four times the noise, as if a fourth of the users took "
-        "part; three points are less than that cost on other seeds' validation images", quick=quick), lambda found: found.minus(found.worst)
-    budget = f"{config.epsilon:g} at delta {config.delta:g}"
-    yield Claim(f"largest epsilon of a user, of {budget}", "the budget", config.epsilon, Direction.AT_MOST, 0.0,
-                "a budget is not exceeded", digits=4), lambda found: found.epsilons().max(axis=0)
-    yield Claim(f"least epsilon of a user, of {budget}", "the budget", config.epsilon, Direction.AT_LEAST, 0.01,
-                "every bound has the same noise to spend, and the calibration is good to a part in a thousand",
-                digits=4), lambda found: found.epsilons().min(axis=0)
-    rounds = config.rounds - config.settled
-    tolerance = 0.1 if quick else 0.05
-    yield Claim(
-        f"share of updates cut by the {MEDIAN} after round {config.settled}", f"{_PAPER}, Algorithm 1", config.target, Direction.WITHIN, tolerance,
-        f"the mean of the noisy share over {rounds} rounds is off by the change of log C / ({config.bound_rate:g} x {rounds}): the bound may drift by "
-        f"a factor {np.exp(tolerance * config.bound_rate * rounds):.1f}; the noise of the count adds {config.count_noise / rounds**0.5:.3f}",
-        quick=quick), lambda found: found.cut(MEDIAN)
 
 
 def conclude(
@@ -98,14 +46,14 @@ def conclude(
 ) -> None:
     """Prints the table and its reading; writes claims, summary and figures."""
     console, found = Console(), Measured(config, rates, tried, metrics, ledgers)
-    stated = [*_stated(config)]
-    verdicts = judge("adaptive_clipping", [claim for claim, _ in stated], {claim.claim: law(found) for claim, law in stated})
+    pairs = [*stated(config)]
+    verdicts = judge("adaptive_clipping", [claim for claim, _ in pairs], {claim.claim: law(found) for claim, law in pairs})
     folder.write_claims(verdicts)
     reading = found.reading()
     console.print("", found.table(), "", Rule("Reading", align="left"), bullets([*reading, *coverage(ledgers[MEDIAN])]), "",
                   claims_table(verdicts, "Claims"))
-    folder.save_figure("accuracy_by_clip", by_clip(found))
-    folder.save_figure("bound_over_rounds", over_rounds(found))
+    folder.save_figure("accuracy_by_clip", adaptive_clipping_figures.by_clip(found))
+    folder.save_figure("bound_over_rounds", adaptive_clipping_figures.over_rounds(found))
     folder.save_figure("accuracy_over_rounds", found.curves())
     folder.write_summary(found.summary(reading))
     say_where(console, folder, f"{config.seeds} seeds")
@@ -240,83 +188,3 @@ class Measured(Results):
         rows = select(self.metrics, "accuracy", "test", "all")
         arms = [MEDIAN, *self.bounds[:-1], PLAIN]
         return curves(rows.assign(arm=rows["arm"].map(short)), "accuracy", "test", "all", [short(arm) for arm in arms], bounds=_ACCURACY, size=(7.0, 3.8))
-
-
-def short(name: str) -> str:
-    """An arm's name in tables and figures: "clip 0.1", "median bound", "no privacy"."""
-    return name.removeprefix(f"{FIXED}, ")
-
-
-def by_clip(found: Measured) -> Figure:
-    """Test accuracy of each fixed clip with its interval; the median bound and no privacy as lines with theirs."""
-    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
-    axes = _axes(figure, 111, "clip", "test accuracy")
-    clips = np.array(found.config.clips)
-    fixed = [mean_interval(found.accuracy(name), bounds=_ACCURACY) for name in found.bounds[:-1]]
-    for name, color, dashes in ((PLAIN, PALETTE[6], (0, (5, 1.5))), (MEDIAN, PALETTE[1], "-")):
-        interval = mean_interval(found.accuracy(name), bounds=_ACCURACY)
-        axes.axhspan(interval.low, interval.high, color=color, alpha=0.15, linewidth=0)
-        axes.axhline(interval.mean, color=color, linewidth=1.5, linestyle=dashes, label=name)
-    low, high = ([abs(interval.mean - getattr(interval, side)) for interval in fixed] for side in ("low", "high"))
-    axes.errorbar(clips, [interval.mean for interval in fixed], yerr=[low, high], fmt="o-", color=PALETTE[0], linewidth=1.2, markersize=4.5, capsize=3,
-                  label="fixed clip")
-    bound = found.settled(MEDIAN, "clip").mean()
-    axes.axvline(bound, color=PALETTE[1], linewidth=0.9, linestyle=(0, (1.5, 1.5)))
-    axes.annotate(f"median bound, {bound:.2f}", (bound, 0.03), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points",
-                  fontsize=7.5, color=PALETTE[1])
-    _log(axes.xaxis, axes.set_xscale, clips)
-    _legend(figure, axes)
-    return figure
-
-
-def over_rounds(found: Measured) -> Figure:
-    """Left the median bound of every seed beside the fixed ones, right the share of the updates that each cuts."""
-    figure = Figure(figsize=(8.2, 3.4), layout="constrained")
-    left, right = _axes(figure, 121, "round", "bound"), _axes(figure, 122, "round", "share of updates that are cut")
-    colors = [PALETTE[i] for i in (0, 2, 3, 4, 5)]
-    for i, (name, clip) in enumerate(zip(found.bounds[:-1], found.config.clips, strict=True)):
-        left.axhline(clip, color=colors[i % len(colors)], linewidth=1.0, linestyle=(0, (4, 2)))
-        _line(right, found, name, colors[i % len(colors)], 1.0, short(name))
-    rows = select(found.metrics, "clip", "round", "all", [MEDIAN]).sort_values("round")
-    for _, one in rows.groupby("seed"):
-        left.plot(one["round"], one["value"], color=PALETTE[1], linewidth=0.8, alpha=0.5)
-    _line(right, found, MEDIAN, PALETTE[1], 1.8, f"{MEDIAN}{' (left: of each seed)' if found.config.seeds > 1 else ''}")
-    right.axhline(1 - found.config.target, color=_GREY, linewidth=0.8, linestyle=(0, (4, 2)))
-    right.set_ylim(-0.02, 1.02)
-    for axes in (left, right):
-        axes.set_xlim(1, found.config.rounds)
-        axes.axvline(found.config.settled, color=_GREY, linewidth=0.6, linestyle=(0, (1, 2)))
-    _log(left.yaxis, left.set_yscale, np.array(found.config.clips))
-    _legend(figure, right)
-    return figure
-
-
-def _line(axes: Axes, found: Measured, name: str, color: str, width: float, label: str) -> None:
-    """The share that an arm cuts, its mean over seeds and the interval."""
-    rows = over_seeds(select(found.metrics, "clipped", "round", "all", [name]), ["round"], bounds=_ACCURACY)
-    mean, low, high = np.array([interval[:3] for interval in rows["interval"]]).T
-    axes.fill_between(rows["round"], low, high, color=color, alpha=0.16, linewidth=0)
-    axes.plot(rows["round"], mean, color=color, linewidth=width, label=label)
-
-
-def _axes(figure: Figure, place: int, x: str, y: str) -> Axes:
-    axes = figure.add_subplot(place)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axes.tick_params(labelsize=8)
-    return axes
-
-
-def _log(axis: Any, set_scale: Callable[[str], None], ticks: npt.NDArray[np.float64]) -> None:
-    """A logarithmic axis whose ticks are the clips."""
-    set_scale("log")
-    axis.set_ticks(ticks, minor=False)
-    axis.set_ticks([], minor=True)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 3), frameon=False, fontsize=8)
