@@ -35,13 +35,14 @@ class Kept(NamedTuple):
 
 class Training(NamedTuple):
     """What a site carries from step to step. gradient: the oracle's state. sums: of its metrics over records. records: how many were
-    seen, padding not counted."""
+    seen, padding not counted. term: like the parameters, for transforms.add_term (fl_jax.corrections); None without."""
 
     variables: Variables
     optimizer: PyTree
     gradient: PyTree
     sums: Metrics
     records: Array
+    term: PyTree = None
 
 
 def local_training(
@@ -50,7 +51,8 @@ def local_training(
     """Trains from the broadcast variables with a fresh optimizer and sends (start - end) of what is shared.
 
     gradient: the oracle (fl_jax.gradients); its state stays at the site. optimizer: optax; its state lives for one round; a schedule
-    counts the steps of the round. It is given the round's shared parameters as the extra argument `anchor` (None at local leaves).
+    counts the steps of the round. It is given the round's shared parameters as the extra argument `anchor` (None at local leaves) and the
+    carry's `term`.
     is_local: which leaves stay at the site between rounds, e.g. those of BatchNorm (fl_jax.norms); they train like the others.
     Metrics: the oracle's, as means over the records seen while training, and "records".
     """
@@ -69,10 +71,10 @@ def local_training(
     def step(key: Key, carry: Training, shared: Variables, batch: Batch) -> Training:
         params, stats = carry.variables
         gradients, state, stats, metrics = gradient.compute(key, carry.gradient, params, stats, batch)
-        updates, optimizer_state = optimizer.update(gradients, carry.optimizer, params, anchor=shared.params)
+        updates, optimizer_state = optimizer.update(gradients, carry.optimizer, params, anchor=shared.params, term=carry.term)
         sums, records = _add_metrics(carry.sums, metrics, batch)
         variables = Variables(optax.apply_updates(params, updates), stats)
-        return Training(variables, optimizer_state, state, sums, carry.records + records)
+        return Training(variables, optimizer_state, state, sums, carry.records + records, carry.term)
 
     def end(carry: Training, shared: Variables, kept: Kept) -> tuple[Variables, Kept, Metrics]:
         del kept

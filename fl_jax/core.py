@@ -54,9 +54,11 @@ def federate(
     """Joins a client, an aggregator and a server optimizer into a federated algorithm.
 
     client: what a site does, written for one site. aggregator: how messages become one pseudo-gradient. server: an optax transformation
-    of that pseudo-gradient; optax.sgd(1.0) is plain averaging. Results do not depend on the order of the cohort or on padding.
+    of that pseudo-gradient; optax.sgd(1.0) is plain averaging. It is given the share of all clients that took part, as the extra argument
+    `participation`. Results do not depend on the order of the cohort or on padding.
     """
     lanes, mesh = engine
+    server = optax.with_extra_args_support(server)
     num_devices = 1 if mesh is None else mesh.shape[CLIENTS]
 
     def init(variables: Variables, num_clients: int) -> State:
@@ -82,7 +84,8 @@ def federate(
 
         participants = jnp.sum(done.reports["participated"])
         pseudo_gradient, aggregate, reported = aggregator.combine(server_key, state.aggregator, done.total)
-        updates, optimizer = server.update(pseudo_gradient, state.server, state.shared)
+        updates, optimizer = server.update(
+            pseudo_gradient, state.server, state.shared, participation=jnp.float32(participants / num_clients))
         after = State(state.round, optax.apply_updates(state.shared, updates), optimizer, aggregate, state.clients)
         if not aggregator.acts_when_empty:
             after = trees.select(participants > 0, after, state)

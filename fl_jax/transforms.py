@@ -24,6 +24,20 @@ def proximal(mu: float | Array) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+def add_term() -> optax.GradientTransformationExtraArgs:
+    """Adds the round's constant `term`, an extra argument that fl_jax.corrections gives to every client's optimizer: control variates.
+
+    Where it stands in a chain says to what it is added: before optax.sgd with momentum to the gradient, after optax.trace to the step. A
+    leaf whose term is None (it stays at the site) is left alone.
+    """
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None, *, term: PyTree, **_: PyTree):
+        del params
+        return jax.tree.map(lambda g, t: g if t is None else g + t, updates, term), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 class MomentsState(NamedTuple):
     """First and second moment of the pseudo-gradient, each like the parameters."""
 
@@ -51,18 +65,20 @@ def scale_by_server_moments(
     return optax.GradientTransformation(init, update)
 
 
-def averaging_statistics(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def averaging_statistics(
+    optimizer: optax.GradientTransformation, others: optax.GradientTransformation | None = None
+) -> optax.GradientTransformation:
     """`optimizer` for the parameters of every Variables in a tree, plain averaging for its statistics.
 
-    A server that optimized BatchNorm's running variance (Adam's sign-like step) would drive it below zero with an innocent loss.
+    others: for leaves outside of any Variables; by default `optimizer`. A server that optimized BatchNorm's running variance (Adam's sign-like step) would drive it below zero with an innocent loss.
     """
 
     def labels(tree: PyTree) -> PyTree:
         def label(node: PyTree) -> PyTree:
             if isinstance(node, Variables):
                 return Variables(jax.tree.map(lambda _: "optimized", node.params), jax.tree.map(lambda _: "averaged", node.stats))
-            return "optimized"
+            return "others"
 
         return jax.tree.map(label, tree, is_leaf=lambda node: isinstance(node, Variables))
 
-    return optax.partition({"optimized": optimizer, "averaged": optax.sgd(1.0)}, labels)
+    return optax.partition({"optimized": optimizer, "averaged": optax.sgd(1.0), "others": others or optimizer}, labels)

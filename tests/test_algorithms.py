@@ -30,6 +30,11 @@ ALGORITHMS: dict[str, Callable[[Model, Engine], FederatedAlgorithm]] = {
     "fedadam": lambda model, engine: algorithms.fedadam(model, SGD, BATCHES, server_learning_rate=0.05, engine=engine),
     "fedyogi": lambda model, engine: algorithms.fedyogi(model, SGD, BATCHES, server_learning_rate=0.05, engine=engine),
     "fedadagrad": lambda model, engine: algorithms.fedadagrad(model, SGD, BATCHES, server_learning_rate=0.05, engine=engine),
+    "scaffold": lambda model, engine: algorithms.scaffold(model, 0.1, BATCHES, engine=engine),
+    "feddyn": lambda model, engine: algorithms.feddyn(model, SGD, BATCHES, 0.1, engine=engine),
+    "fednova": lambda model, engine: algorithms.fednova(model, 0.1, BATCHES, momentum=0.5, engine=engine),
+    "quantized scaffold": lambda model, engine: algorithms.scaffold(
+        model, 0.1, BATCHES, uplink=uplink.quantize(8), norms=norms.LOCAL, engine=engine),
     "fedbn": lambda model, engine: algorithms.fedbn(model, optax.sgd(0.05, 0.9), BATCHES, engine=engine),
     "local_only": lambda model, engine: algorithms.local_only(model, SGD, BATCHES, engine=engine),
     "centralized": lambda model, engine: algorithms.centralized(model, SGD, BATCHES, engine=engine),
@@ -47,7 +52,7 @@ ALGORITHMS: dict[str, Callable[[Model, Engine], FederatedAlgorithm]] = {
     "quantized fedavgm": lambda model, engine: algorithms.fedavgm(model, SGD, BATCHES, uplink=uplink.quantize(4), engine=engine),
     "median": lambda model, engine: algorithms.fedavg(model, SGD, BATCHES, aggregator=aggregators.median(), engine=engine),
 }
-COMPRESSED = {"sparse fedbn", "quantized fedavgm"}
+COMPRESSED = {"sparse fedbn", "quantized fedavgm", "quantized scaffold"}
 
 
 def cohort_of(ids, weight=None, steps=None) -> Cohort:

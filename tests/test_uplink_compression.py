@@ -113,7 +113,7 @@ def test_bits_are_those_of_a_packed_message(transform, bits):
     assert transform.bits(SHARED) == bits
     statistics = {"mean": jnp.zeros(3)}
     assert transform.bits(Variables(SHARED, statistics)) == bits + 3 * 32
-    assert transform.bits((SHARED, jnp.int32(0))) == bits + 32
+    assert transform.bits((SHARED, jnp.int32(0))) == transform.bits((SHARED, jnp.float32(0))) == bits + 32
 
 
 def test_statistics_and_counts_go_as_they_are():

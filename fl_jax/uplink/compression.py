@@ -1,7 +1,7 @@
 """Messages of fewer bits, with error feedback: what a site could not send this time it adds to its next message.
 
 Only floating-point leaves are compressed. Statistics of BatchNorm go as they are, since a variance that is rounded may end below zero, and
-so does whatever is not a float. Bits are those of a message as it would be packed, known from shapes alone.
+so do scalars and whatever is not a float. Bits are those of a message as it would be packed, known from shapes alone.
 """
 
 import math
@@ -121,7 +121,7 @@ def _compressed(tree: PyTree) -> tuple[list[Any], Callable[[list[Any]], PyTree]]
 
     def parameters(tree: PyTree) -> PyTree:
         def floating(leaf: Any) -> bool:
-            return jnp.issubdtype(leaf.dtype, jnp.floating)
+            return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 0
 
         def label(node: PyTree) -> PyTree:
             if isinstance(node, Variables):

@@ -1,0 +1,98 @@
+"""Algorithms that train one global model and undo the drift of clients whose data or steps differ: SCAFFOLD, FedDyn, FedNova."""
+
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fl_jax import aggregators, clients, corrections, gradients
+from fl_jax.algorithms.averaging import Options, Scalar
+from fl_jax.core import ONE_LANE, federate
+from fl_jax.corrections import Corrected, Correction
+from fl_jax.norms import AVERAGED
+from fl_jax.transforms import add_term, averaging_statistics, proximal
+from fl_jax.types import Array, Batches, Client, FederatedAlgorithm, Model, PyTree, Variables
+
+
+def scaffold(
+    model: Model, learning_rate: Scalar, batches: Batches, *, optimizer: optax.GradientTransformation | None = None,
+    server_learning_rate: Scalar = 1.0, **options: Unpack[Options],
+) -> FederatedAlgorithm:
+    """SCAFFOLD, option II (Karimireddy et al. 2020, "SCAFFOLD: Stochastic controlled averaging for federated learning", Algorithm 1).
+
+    learning_rate: the sites'. optimizer: theirs, by default add_term() before SGD, as in the paper; another one says itself where the
+    correction is added, e.g. after the momentum as in NIID-Bench: optax.chain(optax.trace(.9), add_term(), optax.scale(-lr)). The
+    sites' controls are estimated as if it were plain SGD. server_learning_rate: eta_g; the server's control moves by the share of
+    clients that took part, which keeps it the mean of theirs. Down and up, a client sends twice what FedAvg does.
+    """
+    optimizer = optax.chain(add_term(), optax.sgd(learning_rate)) if optimizer is None else optimizer
+    client = _client(model, optimizer, batches, corrections.control_variates(learning_rate), options)
+    aggregator = aggregators.with_control(options.get("aggregator") or aggregators.mean())
+    return federate(client, aggregator, _of_variables(optax.sgd(server_learning_rate)), options.get("engine", ONE_LANE))
+
+
+def feddyn(
+    model: Model, optimizer: optax.GradientTransformation, batches: Batches, alpha: Scalar = 0.01, **options: Unpack[Options]
+) -> FederatedAlgorithm:
+    """FedDyn: sites minimise F_i(w) - <h_i, w> + alpha/2 |w - w_t|^2, and the server steps by the mean of their ways and by its own memory of
+    them (Acar et al. 2021, "Federated learning based on dynamic regularization", Algorithm 1; alpha .01 to .1 there).
+
+    The paper's mean is over clients, not records: use sampling with `sampling.equal`. A site keeps one copy of the parameters.
+    """
+    optimizer = optax.chain(add_term(), proximal(alpha), optimizer)
+    client = _client(model, optimizer, batches, corrections.dynamic_regularizer(alpha), options)
+    aggregator = aggregators.with_control(options.get("aggregator") or aggregators.mean())
+    return federate(client, aggregator, _with_memory(alpha), options.get("engine", ONE_LANE))
+
+
+def fednova(
+    model: Model, learning_rate: Scalar, batches: Batches, *, momentum: Scalar = 0.0, optimizer: optax.GradientTransformation | None = None,
+    **options: Unpack[Options],
+) -> FederatedAlgorithm:
+    """FedNova: sites that make more steps do not pull harder; each way is divided by its length before the mean (Wang et al. 2020, "Tackling the
+    objective inconsistency problem in heterogeneous federated optimization", eq. 9 to 11).
+
+    momentum: of the sites' SGD, in which tau steps have the length (tau - m (1 - m^tau) / (1 - m)) / (1 - m) (section 4). optimizer: by
+    default that SGD; another one needs a length that this formula gives.
+    """
+    if "aggregator" in options:
+        raise TypeError("FedNova is an aggregator of its own: leave out `aggregator`.")
+
+    def length(steps: Array) -> Array:
+        return (steps - momentum * (1 - jnp.float32(momentum) ** steps) / (1 - momentum)) / (1 - momentum)
+
+    optimizer = optax.sgd(learning_rate, momentum) if optimizer is None else optimizer
+    client = _client(model, optimizer, batches, corrections.counted(length), options)
+    return federate(client, aggregators.normalized_mean(), _of_variables(optax.sgd(1.0)), options.get("engine", ONE_LANE))
+
+
+def _client(
+    model: Model, optimizer: optax.GradientTransformation, batches: Batches, correction: Correction, options: Options
+) -> Client:
+    gradient = options.get("gradient") or gradients.plain(model)
+    client = clients.local_training(model, gradient, optimizer, batches, is_local=options.get("norms", AVERAGED).is_local)
+    client = corrections.corrected(client, correction)
+    transform = options.get("uplink")
+    return client if transform is None else clients.uplink(client, transform)
+
+
+def _of_variables(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A server's optimizer for the parameters; statistics and controls move by what the aggregator says."""
+    return averaging_statistics(optimizer, others=optax.sgd(1.0))
+
+
+def _with_memory(alpha: Scalar) -> optax.GradientTransformationExtraArgs:
+    """FedDyn's server: h <- h - alpha (1/m) sum (w_k - w), w <- mean w_k - h / alpha, of pseudo-gradients w - w_k."""
+
+    def init(shared: Corrected) -> PyTree:
+        return jax.tree.map(jnp.zeros_like, shared.variables.params)
+
+    def update(updates: Corrected, memory: PyTree, shared: PyTree = None, *, participation: Array, **_: PyTree):
+        del shared
+        params, stats = updates.variables
+        memory = jax.tree.map(lambda h, d: h + alpha * participation * d, memory, params)
+        stepped = jax.tree.map(lambda d, h: -d - h / alpha, params, memory)
+        return Corrected(Variables(stepped, jax.tree.map(jnp.negative, stats)), updates.control), memory
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,207 @@
+"""SCAFFOLD, FedDyn and FedNova against NumPy, against FedAvg where they become it, and on problems that FedAvg provably does not solve."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fl_jax import aggregators, algorithms, batches, models, sampling
+from fl_jax.transforms import add_term, averaging_statistics
+from fl_jax.types import Cohort, Sites, Variables
+
+KEY = jax.random.key(0)
+RATE, STEPS = 0.05, 7
+SIZES = np.array([3, 5, 4, 6])
+RNG = np.random.default_rng(0)
+X = [RNG.normal(size=(n, 2)) * scale for n, scale in zip(SIZES, (0.5, 1.0, 1.5, 2.0), strict=True)]
+Y = [x @ w for x, w in zip(X, RNG.normal(size=(4, 2)) * 3, strict=True)]
+SITES = Sites(jnp.asarray(np.concatenate(X), jnp.float32), jnp.asarray(np.concatenate(Y), jnp.float32),
+              jnp.asarray(np.cumsum([0, *SIZES[:-1]]), jnp.int32), jnp.asarray(SIZES, jnp.int32))
+MODEL = models.bridge(models.LinearCox(), jnp.zeros((1, 2)), models.squared_error)
+WHOLE = batches.updates(STEPS, 6)  # every step sees all records of its site: no noise, so that NumPy can follow
+GRAMS = [2 * x.T @ x / len(x) for x in X]
+PULLS = [2 * x.T @ y / len(x) for x, y in zip(X, Y, strict=True)]
+
+
+def slope(i, w):
+    """The gradient of site i's mean squared error."""
+    return GRAMS[i] @ w - PULLS[i]
+
+
+def minimum(weights):
+    """Where the weighted mean of the sites' losses has its minimum."""
+    return np.linalg.solve(np.average(GRAMS, 0, weights), np.average(PULLS, 0, weights))
+
+
+def start_of(algorithm):
+    return algorithm.init(Variables({"Dense_0": {"kernel": jnp.zeros((2, 1))}}, {}), 4)
+
+
+def cohort_of(ids, weights=None, steps=STEPS):
+    ids = jnp.asarray(ids, jnp.int32)
+    weight = jnp.ones(len(ids)) if weights is None else jnp.asarray(weights, jnp.float32)
+    return Cohort(ids, weight, jnp.broadcast_to(jnp.asarray(steps, jnp.int32), ids.shape))
+
+
+def weights_of(state):
+    variables = getattr(state.shared, "variables", state.shared)
+    return np.asarray(variables.params["Dense_0"]["kernel"])[:, 0]
+
+
+def after(algorithm, cohorts):
+    state, round = start_of(algorithm), jax.jit(algorithm.round)
+    for cohort in cohorts:
+        state, metrics = round(KEY, state, cohort, SITES)
+    return state, metrics
+
+
+def converged(algorithm, draw, rounds=600):
+    """The weights after many rounds."""
+
+    def one(state, key):
+        return algorithm.round(key, state, draw(key), SITES)[0], None
+
+    return weights_of(jax.jit(lambda keys: jax.lax.scan(one, start_of(algorithm), keys)[0])(jax.random.split(KEY, rounds)))
+
+
+def everyone(key):
+    return cohort_of(range(4))
+
+
+def two_of_four(key):
+    return sampling.fixed_size(2, 4, sampling.equal).draw(key, 0, SITES)._replace(steps=jnp.full(2, STEPS, jnp.int32))
+
+
+COHORTS = [([0, 2, 3], [3.0, 1.0, 2.0], [7, 3, 5]), ([1, 2], [1.0, 4.0], [2, 6]), ([3, 0], [1.0, 1.0], [4, 4])]
+
+
+def test_scaffold_is_algorithm_1_under_partial_participation():
+    """Option II in NumPy, over three rounds of some sites with unequal weights and steps; the server's control stays the mean of theirs."""
+    state, _ = after(algorithms.scaffold(MODEL, RATE, WHOLE, server_learning_rate=0.8), [cohort_of(*cohort) for cohort in COHORTS])
+    w, c, own = np.zeros(2), np.zeros(2), np.zeros((4, 2))
+    for ids, weight, steps in COHORTS:
+        moved, changed = [], np.zeros(2)
+        for i, count in zip(ids, steps, strict=True):
+            y = w.copy()
+            for _ in range(count):
+                y -= RATE * (slope(i, y) - own[i] + c)
+            new = own[i] - c + (w - y) / (count * RATE)
+            moved.append(w - y)
+            changed += new - own[i]
+            own[i] = new
+        w = w - 0.8 * np.average(moved, 0, weight)
+        c = c + changed / 4
+    np.testing.assert_allclose(weights_of(state), w, rtol=1e-4, atol=1e-5)
+    controls = np.asarray(state.clients.control["Dense_0"]["kernel"])[:, :, 0]
+    np.testing.assert_allclose(controls, own, rtol=1e-4, atol=1e-4)
+    server = np.asarray(state.shared.control["Dense_0"]["kernel"])[:, 0]
+    np.testing.assert_allclose(server, c, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(server, controls.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_feddyn_is_algorithm_1_under_partial_participation():
+    alpha, cohorts = 0.3, [(ids, None, steps) for ids, _, steps in COHORTS]
+    state, _ = after(algorithms.feddyn(MODEL, optax.sgd(RATE), WHOLE, alpha), [cohort_of(*cohort) for cohort in cohorts])
+    w, h, own = np.zeros(2), np.zeros(2), np.zeros((4, 2))
+    for ids, _, steps in cohorts:
+        found = []
+        for i, count in zip(ids, steps, strict=True):
+            y = w.copy()
+            for _ in range(count):
+                y -= RATE * (slope(i, y) - own[i] + alpha * (y - w))
+            own[i] -= alpha * (y - w)
+            found.append(y)
+        h = h - alpha * np.sum(np.array(found) - w, axis=0) / 4
+        w = np.mean(found, 0) - h / alpha
+    np.testing.assert_allclose(weights_of(state), w, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(state.clients.control["Dense_0"]["kernel"])[:, :, 0], own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_fednova_divides_each_way_by_its_length(momentum):
+    """In NumPy by the paper's vector a: how often a step's gradient counts by the end of a round with momentum."""
+    state, metrics = after(algorithms.fednova(MODEL, RATE, WHOLE, momentum=momentum), [cohort_of(*cohort) for cohort in COHORTS])
+    w = np.zeros(2)
+    for ids, weight, steps in COHORTS:
+        directions, lengths = [], []
+        for i, count in zip(ids, steps, strict=True):
+            y, velocity = w.copy(), np.zeros(2)
+            for _ in range(count):
+                velocity = momentum * velocity + slope(i, y)
+                y -= RATE * velocity
+            lengths.append(sum(momentum**k for s in range(count) for k in range(count - s)))
+            directions.append((w - y) / lengths[-1])
+        w = w - np.average(lengths, weights=weight) * np.average(directions, 0, weight)
+    np.testing.assert_allclose(weights_of(state), w, rtol=1e-4, atol=1e-5)
+    assert float(metrics.server["effective_steps"]) == pytest.approx(np.average(lengths, weights=weight), rel=1e-5)
+
+
+@pytest.mark.parametrize("algorithm, cohort", [
+    (algorithms.scaffold(MODEL, RATE, WHOLE), cohort_of(range(4), steps=1)),
+    (algorithms.fednova(MODEL, RATE, WHOLE), cohort_of(range(4), [1.0, 2.0, 3.0, 4.0])),
+    (algorithms.fednova(MODEL, RATE, WHOLE, momentum=0.0), cohort_of([0, 2], [1.0, 2.0], 4)),
+], ids=["SCAFFOLD, one step of all", "FedNova, equal steps", "FedNova, equal steps of some"])
+def test_special_cases_are_fedavg(algorithm, cohort):
+    expected, _ = after(algorithms.fedavg(MODEL, optax.sgd(RATE), WHOLE), [cohort] * 3)
+    found, _ = after(algorithm, [cohort] * 3)
+    np.testing.assert_allclose(weights_of(found), weights_of(expected), rtol=1e-5)
+
+
+def test_scaffold_and_feddyn_find_the_optimum_that_fedavg_provably_misses():
+    """FedAvg's fixed point is where the ways of the sites cancel, sum_i (1 - (1 - lr A_i)^K) (w - w_i) = 0, which is not the minimum of the mean
+    loss where curvatures differ."""
+    best = minimum(np.ones(4))
+    ways = [np.eye(2) - np.linalg.matrix_power(np.eye(2) - RATE * gram, STEPS) for gram in GRAMS]
+    own = [np.linalg.solve(gram, pull) for gram, pull in zip(GRAMS, PULLS, strict=True)]
+    fixed = np.linalg.solve(sum(ways), sum(way @ w for way, w in zip(ways, own, strict=True)))
+    averaged = converged(algorithms.fedavg(MODEL, optax.sgd(RATE), WHOLE), everyone)
+    np.testing.assert_allclose(averaged, fixed, rtol=1e-3)
+    miss = np.linalg.norm(averaged - best)
+    assert miss > 0.05 * np.linalg.norm(best)
+    for algorithm in (algorithms.scaffold(MODEL, RATE, WHOLE), algorithms.feddyn(MODEL, optax.sgd(RATE), WHOLE, 0.3)):
+        assert np.linalg.norm(converged(algorithm, everyone) - best) < 0.01 * miss
+        assert np.linalg.norm(converged(algorithm, two_of_four, 3_000) - best) < 0.02 * miss
+
+
+def test_fednova_finds_the_optimum_that_unequal_steps_hide_from_fedavg():
+    """Small steps, of which the first site makes one and the last seven: FedAvg minimises a mean loss weighted by steps."""
+    steps, small = [1, 3, 5, 7], 0.002
+
+    def unequal(key):
+        return cohort_of(range(4), steps=steps)
+
+    averaged = converged(algorithms.fedavg(MODEL, optax.sgd(small), WHOLE), unequal, 4_000)
+    np.testing.assert_allclose(averaged, minimum(steps), rtol=0.05, atol=0.05)
+    found = converged(algorithms.fednova(MODEL, small, WHOLE), unequal, 4_000)
+    assert np.linalg.norm(found - minimum(np.ones(4))) < 0.1 * np.linalg.norm(averaged - minimum(np.ones(4)))
+
+
+def test_a_correction_stands_where_the_chain_has_it():
+    """NIID-Bench adds lr (c - c_i) after the momentum: with a constant gradient and term, momentum multiplies the one and not the other."""
+    gradient, term = {"w": jnp.array(1.0)}, {"w": jnp.array(10.0)}
+
+    def moved(optimizer, count=3):
+        optimizer, state, total = optax.with_extra_args_support(optimizer), None, 0.0
+        state = optimizer.init(gradient)
+        for _ in range(count):
+            updates, state = optimizer.update(gradient, state, gradient, term=term)
+            total += float(updates["w"])
+        return total
+
+    counted = 1 + 1.9 + 2.71
+    assert moved(optax.chain(add_term(), optax.trace(0.9))) == pytest.approx(11 * counted)
+    assert moved(optax.chain(optax.trace(0.9), add_term())) == pytest.approx(counted + 30)
+    assert moved(optax.chain(optax.trace(0.9))) == pytest.approx(counted)
+
+
+def test_a_servers_optimizer_leaves_controls_alone():
+    tree = (Variables({"w": jnp.ones(2)}, {"mean": jnp.ones(2)}), {"c": jnp.ones(2)})
+    optimizer = averaging_statistics(optax.sgd(0.5), others=optax.sgd(1.0))
+    updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
+    assert [float(leaf[0]) for leaf in jax.tree.leaves(updates)] == [-0.5, -1.0, -1.0]
+
+
+def test_fednova_takes_no_other_aggregator():
+    with pytest.raises(TypeError, match="aggregator of its own"):
+        algorithms.fednova(MODEL, RATE, WHOLE, aggregator=aggregators.median())
