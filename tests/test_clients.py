@@ -107,7 +107,7 @@ def test_what_is_local_trains_and_stays_and_the_rest_is_sent(normed_model, norme
 def test_the_optimizer_is_fresh_in_each_round_and_is_given_the_broadcast_as_the_anchor(normed_model, normed_variables, sites):
     seen = []
 
-    def update(updates, count, params=None, *, anchor):
+    def update(updates, count, params=None, *, anchor, **_):
         seen.append(jax.tree.structure(anchor))
         pull = jax.tree.map(lambda g, w, a: g if a is None else w - a, updates, params, anchor)
         return jax.tree.map(lambda g: -g / (1.0 + count), pull), count + 1
