@@ -105,6 +105,15 @@ def test_the_fast_form_is_the_reference_with_the_same_keys(rule, microbatch):
     assert first != second  # and for another record
 
 
+def test_parts_without_records_are_left_out_and_change_nothing(model, params):
+    """Side by side, batches that end in different parts: none, the first, within a part, and behind a part of padding."""
+    batch, gradient = a_batch(), [gradients.private(model, CLIP, 0.0, microbatch=size) for size in (None, 2)]
+    masks = jnp.array([[0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]], jnp.float32)
+    whole, parts = (jax.jit(jax.vmap(lambda mask, one=one: one.compute(KEY, (), params, {}, batch._replace(mask=mask))))(masks) for one in gradient)
+    close(parts, whole)
+    assert not any(np.asarray(leaf)[0].any() for leaf in jax.tree.leaves(parts[0])) and norm(parts[0]) > 0.1
+
+
 def test_layers_share_the_bound_evenly_and_normalised_gradients_are_brought_to_it(model, params):
     one = a_batch((0, 0, 0, 0, 1, 0), 1.0)
     per_layer = run(gradients.private(model, 0.01, 0.0, norm=gradients.PER_LAYER), params, one)[0]

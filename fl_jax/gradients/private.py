@@ -3,7 +3,7 @@
 jax-privacy's `clipped_grad` composes with vmapped sites, and the tests compare with it; here it is not used, since it
 materialises every gradient (50 to 700 plain steps on a CPU with the batch in memory, 1.4 to 13 in microbatches of one), and since
 a norm cannot have several bounds there. Its `noise_addition` keeps the key in a state, which vmapped sites would share.
-Microbatches are optax's.
+Nor are microbatches optax's, which are as many whatever a batch holds.
 """
 
 import math
@@ -14,7 +14,6 @@ from typing import Any
 import dp_accounting
 import jax
 import jax.numpy as jnp
-import optax
 
 from fl_jax import clipping, mechanism, trees
 from fl_jax.clipping import Clipping
@@ -117,7 +116,15 @@ def _mechanism(
 
 
 def _in_parts(part: Callable[..., PyTree], rows: PyTree, size: int) -> PyTree:
-    """The sum of `part` over so many rows at a time; rows of zeros, which the mask leaves out, fill the last one."""
+    """The sum of `part` over so many rows at a time, up to the last that holds a record: a Poisson sample has room for many more than
+    it has records. Rows of zeros, which the mask leaves out, fill the last part. rows: [B, ...], the mask last."""
     missing = -rows[0].shape[0] % size
     filled = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, missing), *((0, 0),) * (leaf.ndim - 1))), rows)
-    return optax.microbatching.microbatch(part, range(len(rows)), size)(*filled)
+    ends = jnp.where(filled[-1] > 0, jnp.arange(1, len(filled[-1]) + 1, dtype=jnp.int32), 0)
+
+    def of_part(i: Array) -> PyTree:
+        return part(*jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * size, size), filled))
+
+    nothing = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(of_part, jnp.int32(0)))
+    return jax.lax.fori_loop(
+        jnp.int32(0), (jnp.max(ends, initial=0) + size - 1) // size, lambda i, total: jax.tree.map(jnp.add, total, of_part(i)), nothing)
