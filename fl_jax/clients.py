@@ -35,13 +35,16 @@ class Kept(NamedTuple):
 
 class Training(NamedTuple):
     """What a site carries from step to step. gradient: the oracle's state. sums: of its metrics over records. records: how many were
-    seen, padding not counted. term: like the parameters, for transforms.add_term (fl_jax.corrections); None without."""
+    seen, padding not counted. steps, planned: int32, made so far and in this round. term: like the parameters, for
+    transforms.add_term (fl_jax.corrections); None without."""
 
     variables: Variables
     optimizer: PyTree
     gradient: PyTree
     sums: Metrics
     records: Array
+    steps: Array
+    planned: Array
     term: PyTree = None
 
 
@@ -51,8 +54,8 @@ def local_training(
     """Trains from the broadcast variables with a fresh optimizer and sends (start - end) of what is shared.
 
     gradient: the oracle (fl_jax.gradients); its state stays at the site. optimizer: optax; its state lives for one round; a schedule
-    counts the steps of the round. It is given the round's shared parameters as the extra argument `anchor` (None at local leaves) and the
-    carry's `term`.
+    counts the steps of the round. It is given as extra arguments the round's shared parameters, `anchor` (None at local leaves), the share of
+    the round's steps that are done, `progress`, and the carry's `term`.
     is_local: which leaves stay at the site between rounds, e.g. those of BatchNorm (fl_jax.norms); they train like the others.
     Metrics: the oracle's, as means over the records seen while training, and "records".
     """
@@ -64,17 +67,21 @@ def local_training(
         return shared, Kept(kept, gradient.init(variables.params))
 
     def begin(key: Key, shared: Variables, kept: Kept, site: Site) -> Training:
-        del key, site
+        del key
         variables = trees.merge(shared, kept.leaves)
-        return Training(variables, optimizer.init(variables.params), kept.gradient, _no_metrics(gradient), jnp.float32(0))
+        return Training(variables, optimizer.init(variables.params), kept.gradient, _no_metrics(gradient), jnp.float32(0), jnp.int32(0),
+                        site.num_steps)
 
     def step(key: Key, carry: Training, shared: Variables, batch: Batch) -> Training:
         params, stats = carry.variables
         gradients, state, stats, metrics = gradient.compute(key, carry.gradient, params, stats, batch)
-        updates, optimizer_state = optimizer.update(gradients, carry.optimizer, params, anchor=shared.params, term=carry.term)
+        progress = carry.steps / jnp.maximum(carry.planned, 1)
+        updates, optimizer_state = optimizer.update(
+            gradients, carry.optimizer, params, anchor=shared.params, progress=progress, term=carry.term)
         sums, records = _add_metrics(carry.sums, metrics, batch)
         variables = Variables(optax.apply_updates(params, updates), stats)
-        return Training(variables, optimizer_state, state, sums, carry.records + records, carry.term)
+        return carry._replace(variables=variables, optimizer=optimizer_state, gradient=state, sums=sums, records=carry.records + records,
+                              steps=carry.steps + 1)
 
     def end(carry: Training, shared: Variables, kept: Kept) -> tuple[Variables, Kept, Metrics]:
         del kept

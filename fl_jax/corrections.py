@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fl_jax.clients import Training
 from fl_jax.types import Array, Batch, Client, Key, Metrics, PyTree, Site, Variables
 
 
@@ -41,11 +42,6 @@ class Own(NamedTuple):
     control: PyTree
 
 
-class _Carry(NamedTuple):
-    training: PyTree
-    steps: Array
-
-
 def corrected(client: Client, correction: Correction) -> Client:
     """`client`, of clients.local_training, with a correction; its messages and what is broadcast are `Corrected`.
 
@@ -57,16 +53,16 @@ def corrected(client: Client, correction: Correction) -> Client:
         control, own = correction.init(shared.params)
         return Corrected(shared, control), Own(kept, own)
 
-    def begin(key: Key, shared: Corrected, kept: Own, site: Site) -> _Carry:
+    def begin(key: Key, shared: Corrected, kept: Own, site: Site) -> Training:
         training = client.begin(key, shared.variables, kept.client, site)
-        return _Carry(training._replace(term=correction.term(shared.control, kept.control)), jnp.float32(0))
+        return training._replace(term=correction.term(shared.control, kept.control))
 
-    def step(key: Key, carry: _Carry, shared: Corrected, batch: Batch) -> _Carry:
-        return _Carry(client.step(key, carry.training, shared.variables, batch), carry.steps + 1)
+    def step(key: Key, carry: Training, shared: Corrected, batch: Batch) -> Training:
+        return client.step(key, carry, shared.variables, batch)
 
-    def end(carry: _Carry, shared: Corrected, kept: Own) -> tuple[Corrected, Own, Metrics]:
-        message, own, metrics = client.end(carry.training, shared.variables, kept.client)
-        control, mine = correction.update(shared.control, kept.control, message.params, carry.steps)
+    def end(carry: Training, shared: Corrected, kept: Own) -> tuple[Corrected, Own, Metrics]:
+        message, own, metrics = client.end(carry, shared.variables, kept.client)
+        control, mine = correction.update(shared.control, kept.control, message.params, carry.steps.astype(jnp.float32))
         return Corrected(message, control), Own(own, mine), metrics
 
     def model(shared: Corrected, kept: Own) -> Variables:

@@ -1,6 +1,7 @@
 """What optax lacks for federated learning: the proximal term, the server optimizers of FedOpt, and care for statistics."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,21 @@ def add_term() -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda g, t: g if t is None else g + t, updates, term), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def during(optimizer: optax.GradientTransformation, begin: float | Array, end: float | Array) -> optax.GradientTransformationExtraArgs:
+    """`optimizer` while the share of a round's steps that are done is in [begin, end); no update and an unchanged state otherwise.
+
+    The share is the extra argument `progress`, which every client of fl_jax passes.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, *, progress: Array, **extra: PyTree):
+        moved, after = optimizer.update(updates, state, params, progress=progress, **extra)
+        now = (progress >= begin) & (progress < end)
+        return jax.tree.map(lambda leaf: jnp.where(now, leaf, 0), moved), jax.tree.map(partial(jnp.where, now), after, state)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 class MomentsState(NamedTuple):

@@ -18,6 +18,7 @@ from fl_jax.types import Cohort, FederatedAlgorithm, Model, State
 BATCHES = batches.epochs(2, 4)
 SGD = optax.sgd(0.1)
 KEY = jax.random.key(7)
+HEAD = algorithms.layers("Dense_1")
 IDS = np.array([4, 0, 2, 5])
 SAMPLER = sampling.fixed_size(len(IDS), len(SIZES), sampling.equal)
 drawn = jax.jit(SAMPLER.draw)
@@ -36,6 +37,14 @@ ALGORITHMS: dict[str, Callable[[Model, Engine], FederatedAlgorithm]] = {
     "quantized scaffold": lambda model, engine: algorithms.scaffold(
         model, 0.1, BATCHES, uplink=uplink.quantize(8), norms=norms.LOCAL, engine=engine),
     "fedbn": lambda model, engine: algorithms.fedbn(model, optax.sgd(0.05, 0.9), BATCHES, engine=engine),
+    "silobn": lambda model, engine: algorithms.silobn(model, SGD, BATCHES, engine=engine),
+    "fedper": lambda model, engine: algorithms.fedper(model, SGD, BATCHES, HEAD, engine=engine),
+    "fedrep": lambda model, engine: algorithms.fedrep(model, optax.sgd(0.05, 0.9), BATCHES, HEAD, norms=norms.LOCAL, engine=engine),
+    "lg_fedavg": lambda model, engine: algorithms.lg_fedavg(model, SGD, BATCHES, HEAD, engine=engine),
+    "ditto": lambda model, engine: algorithms.ditto(model, SGD, BATCHES, 0.5, norms=norms.LOCAL_STATISTICS, engine=engine),
+    "mr_mtl": lambda model, engine: algorithms.mr_mtl(model, SGD, BATCHES, 0.5, engine=engine),
+    "pfedme": lambda model, engine: algorithms.pfedme(model, BATCHES, inner_steps=2, rate=0.05, beta=0.8, engine=engine),
+    "apfl": lambda model, engine: algorithms.apfl(model, 0.1, BATCHES, alpha_rate=0.1, engine=engine),
     "local_only": lambda model, engine: algorithms.local_only(model, SGD, BATCHES, engine=engine),
     "centralized": lambda model, engine: algorithms.centralized(model, SGD, BATCHES, engine=engine),
     "private fedbn": lambda model, engine: algorithms.fedbn(

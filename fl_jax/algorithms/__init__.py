@@ -4,9 +4,10 @@ from fl_jax.algorithms.averaging import Options, fedadagrad, fedadam, fedavg, fe
 from fl_jax.algorithms.baselines import centralized, local_only, matched_budget, pooled_batches
 from fl_jax.algorithms.cyclic import cyclic, in_turn
 from fl_jax.algorithms.drift import feddyn, fednova, scaffold
-from fl_jax.algorithms.personalised import fedbn
+from fl_jax.algorithms.personalised import apfl, ditto, fedbn, fedper, fedrep, layers, lg_fedavg, mr_mtl, pfedme, silobn
 
 __all__ = [
-    "Options", "centralized", "cyclic", "fedadagrad", "fedadam", "fedavg", "fedavgm", "fedbn", "feddyn", "fednova", "fedprox", "fedsgd", "fedyogi",
-    "in_turn", "local_only", "matched_budget", "pooled_batches", "scaffold",
+    "Options", "apfl", "centralized", "cyclic", "ditto", "fedadagrad", "fedadam", "fedavg", "fedavgm", "fedbn", "feddyn",
+    "fednova", "fedper", "fedprox", "fedrep", "fedsgd", "fedyogi", "in_turn", "layers", "lg_fedavg", "local_only",
+    "matched_budget", "mr_mtl", "pfedme", "pooled_batches", "scaffold", "silobn",
 ]

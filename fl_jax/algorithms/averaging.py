@@ -9,7 +9,7 @@ from fl_jax import aggregators, clients, gradients
 from fl_jax.core import ONE_LANE, Engine, federate
 from fl_jax.norms import AVERAGED, NormPolicy
 from fl_jax.transforms import averaging_statistics, proximal, scale_by_server_moments
-from fl_jax.types import Aggregator, Array, Batches, FederatedAlgorithm, Gradient, Model, Uplink
+from fl_jax.types import Aggregator, Array, Batches, Client, FederatedAlgorithm, Gradient, Model, Uplink
 
 Scalar = float | Array
 
@@ -37,10 +37,31 @@ def fedavg(
     weighted by the cohort's weights. norms: the BatchNorm policy. gradient: the oracle, by default gradients.plain(model). uplink: what
     happens to messages before they leave their sites, e.g. uplink.local_dp.
     """
-    client = clients.local_training(model, gradient or gradients.plain(model), optimizer, batches, is_local=norms.is_local)
-    client = clients.uplink(client, uplink) if uplink is not None else client
+    options: Options = {"norms": norms, "gradient": gradient or gradients.plain(model)}
+    if uplink is not None:
+        options["uplink"] = uplink
+    client = sent_by(local_client(model, optimizer, batches, options), options)
     server = averaging_statistics(server) if server is not None else optax.sgd(1.0)
     return federate(client, aggregator or aggregators.mean(), server, engine)
+
+
+def local_client(model: Model, optimizer: optax.GradientTransformation, batches: Batches, options: Options) -> Client:
+    """The client of `fedavg`, before its uplink: for algorithms that add to it."""
+    gradient = options.get("gradient") or gradients.plain(model)
+    return clients.local_training(model, gradient, optimizer, batches, is_local=options.get("norms", AVERAGED).is_local)
+
+
+def sent_by(client: Client, options: Options) -> Client:
+    """The client with the uplink of the options, if they have one."""
+    return clients.uplink(client, options["uplink"]) if "uplink" in options else client
+
+
+def joined(
+    client: Client, options: Options, *, aggregator: Aggregator | None = None, server: optax.GradientTransformation | None = None
+) -> FederatedAlgorithm:
+    """A client with the aggregator (by default the mean) and the engine of the options; server: by default plain averaging."""
+    aggregator = aggregator or options.get("aggregator") or aggregators.mean()
+    return federate(client, aggregator, server or optax.sgd(1.0), options.get("engine", ONE_LANE))
 
 
 def fedsgd(

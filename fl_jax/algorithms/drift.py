@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fl_jax import aggregators, clients, corrections, gradients
-from fl_jax.algorithms.averaging import Options, Scalar
-from fl_jax.core import ONE_LANE, federate
+from fl_jax import aggregators, corrections
+from fl_jax.algorithms.averaging import Options, Scalar, joined, local_client, sent_by
 from fl_jax.corrections import Corrected, Correction
-from fl_jax.norms import AVERAGED
 from fl_jax.transforms import add_term, averaging_statistics, proximal
-from fl_jax.types import Array, Batches, Client, FederatedAlgorithm, Model, PyTree, Variables
+from fl_jax.types import Aggregator, Array, Batches, Client, FederatedAlgorithm, Model, PyTree, Variables
 
 
 def scaffold(
@@ -27,9 +25,8 @@ def scaffold(
     clients that took part, which keeps it the mean of theirs. Down and up, a client sends twice what FedAvg does.
     """
     optimizer = optax.chain(add_term(), optax.sgd(learning_rate)) if optimizer is None else optimizer
-    client = _client(model, optimizer, batches, corrections.control_variates(learning_rate), options)
-    aggregator = aggregators.with_control(options.get("aggregator") or aggregators.mean())
-    return federate(client, aggregator, _of_variables(optax.sgd(server_learning_rate)), options.get("engine", ONE_LANE))
+    client = _corrected(model, optimizer, batches, corrections.control_variates(learning_rate), options)
+    return joined(client, options, aggregator=_with_control(options), server=_of_variables(optax.sgd(server_learning_rate)))
 
 
 def feddyn(
@@ -41,9 +38,8 @@ def feddyn(
     The paper's mean is over clients, not records: use sampling with `sampling.equal`. A site keeps one copy of the parameters.
     """
     optimizer = optax.chain(add_term(), proximal(alpha), optimizer)
-    client = _client(model, optimizer, batches, corrections.dynamic_regularizer(alpha), options)
-    aggregator = aggregators.with_control(options.get("aggregator") or aggregators.mean())
-    return federate(client, aggregator, _with_memory(alpha), options.get("engine", ONE_LANE))
+    client = _corrected(model, optimizer, batches, corrections.dynamic_regularizer(alpha), options)
+    return joined(client, options, aggregator=_with_control(options), server=_with_memory(alpha))
 
 
 def fednova(
@@ -63,18 +59,18 @@ def fednova(
         return (steps - momentum * (1 - jnp.float32(momentum) ** steps) / (1 - momentum)) / (1 - momentum)
 
     optimizer = optax.sgd(learning_rate, momentum) if optimizer is None else optimizer
-    client = _client(model, optimizer, batches, corrections.counted(length), options)
-    return federate(client, aggregators.normalized_mean(), _of_variables(optax.sgd(1.0)), options.get("engine", ONE_LANE))
+    client = _corrected(model, optimizer, batches, corrections.counted(length), options)
+    return joined(client, options, aggregator=aggregators.normalized_mean())
 
 
-def _client(
+def _corrected(
     model: Model, optimizer: optax.GradientTransformation, batches: Batches, correction: Correction, options: Options
 ) -> Client:
-    gradient = options.get("gradient") or gradients.plain(model)
-    client = clients.local_training(model, gradient, optimizer, batches, is_local=options.get("norms", AVERAGED).is_local)
-    client = corrections.corrected(client, correction)
-    transform = options.get("uplink")
-    return client if transform is None else clients.uplink(client, transform)
+    return sent_by(corrections.corrected(local_client(model, optimizer, batches, options), correction), options)
+
+
+def _with_control(options: Options) -> Aggregator:
+    return aggregators.with_control(options.get("aggregator") or aggregators.mean())
 
 
 def _of_variables(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

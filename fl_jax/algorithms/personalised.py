@@ -1,12 +1,16 @@
-"""Algorithms in which every site deploys a model of its own."""
+"""Algorithms in which every site deploys a model of its own: parts of the network that stay, or a second network beside the shared one."""
 
 from typing import Unpack
 
+import jax
 import optax
 
-from fl_jax.algorithms.averaging import Options, fedavg
-from fl_jax.norms import LOCAL
-from fl_jax.types import Batches, FederatedAlgorithm, Model
+from fl_jax import gradients, personal
+from fl_jax.algorithms.averaging import Options, Scalar, fedavg, joined, local_client, sent_by
+from fl_jax.norms import AVERAGED, LOCAL, LOCAL_STATISTICS, NormPolicy
+from fl_jax.transforms import during, proximal
+from fl_jax.trees import path_of
+from fl_jax.types import Batches, Client, FederatedAlgorithm, IsLocal, Model, PyTree
 
 
 def fedbn(
@@ -16,3 +20,127 @@ def fedbn(
     Federated learning on non-IID features via local batch normalization", Algorithm 1). On a model without BatchNorm it is FedAvg."""
     options.setdefault("norms", LOCAL)
     return fedavg(model, optimizer, batches, **options)
+
+
+def silobn(
+    model: Model, optimizer: optax.GradientTransformation, batches: Batches, **options: Unpack[Options]
+) -> FederatedAlgorithm:
+    """SiloBN: FedAvg in which BatchNorm's statistics stay at their sites, and its scale and bias are shared (Andreux et al. 2020, "Siloed
+    federated learning for multi-centric histopathology datasets", section 3)."""
+    options.setdefault("norms", LOCAL_STATISTICS)
+    return fedavg(model, optimizer, batches, **options)
+
+
+def layers(*names: str) -> IsLocal:
+    """The leaves of the modules of these names at the top of a network, e.g. layers("Dense_1") for the head of a TabularNet."""
+
+    def is_local(path: tuple[str, ...], module: type) -> bool:
+        del module
+        return path[1] in names
+
+    return is_local
+
+
+def fedper(
+    model: Model, optimizer: optax.GradientTransformation, batches: Batches, head: IsLocal, **options: Unpack[Options]
+) -> FederatedAlgorithm:
+    """FedPer: the head stays at its site and trains with the shared body (Arivazhagan et al. 2019, "Federated learning with personalization
+    layers", Algorithms 1 and 2). head: e.g. layers("Dense_1"); what the BatchNorm policy keeps stays as well."""
+    return fedavg(model, optimizer, batches, **_keeping(head, "head local", options))
+
+
+def lg_fedavg(
+    model: Model, optimizer: optax.GradientTransformation, batches: Batches, head: IsLocal, **options: Unpack[Options]
+) -> FederatedAlgorithm:
+    """LG-FedAvg: the representation stays at its site and the head is shared (Liang et al. 2020, "Think locally, act globally: Federated
+    learning with local and global representations", Algorithm 1). The opposite of FedPer; the paper starts from a FedAvg model."""
+    return fedavg(model, optimizer, batches, **_keeping(lambda path, module: not head(path, module), "body local", options))
+
+
+def fedrep(
+    model: Model, optimizer: optax.GradientTransformation, batches: Batches, head: IsLocal, *, head_share: Scalar = 0.5,
+    **options: Unpack[Options],
+) -> FederatedAlgorithm:
+    """FedRep: in a round a site first trains its own head, with the body as it came, and then the body, with the head fixed (Collins et
+    al. 2021, "Exploiting shared representations for personalized federated learning", Algorithm 1).
+
+    head_share: of the round's steps that are the head's, e.g. 10 / 11 with batches.epochs(11, B) for ten epochs of the head and one of
+    the body. optimizer: of both, each in its own phase.
+    """
+
+    def labels(params: PyTree) -> PyTree:
+        owner = model.modules
+
+        def label(path: tuple[str, ...]) -> str:
+            module = next((owner[path[:n]] for n in range(len(path) - 1, 0, -1) if path[:n] in owner), object)
+            return "head" if head(("params", *path), module) else "body"
+
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: label(path_of(path)), params)
+
+    phases = {"head": during(optimizer, 0.0, head_share), "body": during(optimizer, head_share, 1.0)}
+    return fedper(model, optax.partition(phases, labels), batches, head, **options)
+
+
+def ditto(
+    model: Model, optimizer: optax.GradientTransformation, batches: Batches, strength: Scalar, *,
+    own_optimizer: optax.GradientTransformation | None = None, **options: Unpack[Options],
+) -> FederatedAlgorithm:
+    """Ditto: FedAvg, and beside it at every site a model of its own that minimises F_k(v) + strength/2 |v - w|^2 and is deployed (Li et al. 2021,
+    "Ditto: Fair and robust federated learning through personalization", Algorithm 1). Strength 0 is local training.
+
+    own_optimizer: of the own model; by default the shared one's. A round costs two trainings, a site keeps a copy of the model.
+    """
+    own = _own(model, optax.chain(proximal(strength), own_optimizer or optimizer), batches, options)
+    client = personal.beside(sent_by(local_client(model, optimizer, batches, options), options), own)
+    return joined(client, options)
+
+
+def mr_mtl(
+    model: Model, optimizer: optax.GradientTransformation, batches: Batches, strength: Scalar, **options: Unpack[Options]
+) -> FederatedAlgorithm:
+    """MR-MTL: mean-regularized multi-task learning; every site has its own model, pulled by strength/2 |v - mean|^2 to the mean of all (Liu et al.
+    2022, "On privacy and personalization in cross-silo federated learning", Algorithm A1). Strength 0 is local training."""
+    client = personal.pulled_to_mean(_own(model, optax.chain(proximal(strength), optimizer), batches, options))
+    client = sent_by(client, options)
+    return joined(client, options)
+
+
+def pfedme(
+    model: Model, batches: Batches, *, strength: Scalar = 15.0, inner_steps: int = 5, inner_rate: Scalar = 0.01, rate: Scalar = 0.005,
+    beta: Scalar = 1.0, **options: Unpack[Options],
+) -> FederatedAlgorithm:
+    """pFedMe: the shared model descends the Moreau envelopes of the sites' losses, whose minimisers the sites deploy (T. Dinh et al. 2020,
+    "Personalized federated learning with Moreau envelopes", Algorithm 1; lambda 15, K 5 as in its experiments).
+
+    beta: of the server, w <- (1 - beta) w + beta mean w_i. Each batch costs `inner_steps` gradients.
+    """
+    gradient = options.get("gradient") or gradients.plain(model)
+    client = sent_by(personal.moreau_envelope(
+        model, gradient, batches, strength=strength, inner_steps=inner_steps, inner_rate=inner_rate, rate=rate), options)
+    return joined(client, options, server=optax.sgd(beta))
+
+
+def apfl(
+    model: Model, learning_rate: Scalar, batches: Batches, alpha: Scalar = 0.5, *, alpha_rate: Scalar = 0.0,
+    optimizer: optax.GradientTransformation | None = None, **options: Unpack[Options],
+) -> FederatedAlgorithm:
+    """APFL: every site deploys a mixture, alpha v + (1 - alpha) w, of a model of its own and the shared one, and trains v for it (Deng et
+    al. 2020, "Adaptive personalized federated learning", Algorithm 1). alpha 0 is FedAvg, 1 is local training.
+
+    alpha_rate: by which alpha follows its own gradient (eq. 10); 0 keeps it. optimizer: of w, by default SGD at the learning rate of v.
+    """
+    gradient = options.get("gradient") or gradients.plain(model)
+    client = local_client(model, optimizer or optax.sgd(learning_rate), batches, options)
+    client = sent_by(personal.mixture(client, gradient, alpha=alpha, rate=learning_rate, alpha_rate=alpha_rate), options)
+    return joined(client, options)
+
+
+def _own(model: Model, optimizer: optax.GradientTransformation, batches: Batches, options: Options) -> Client:
+    return personal.own_training(model, options.get("gradient") or gradients.plain(model), optimizer, batches)
+
+
+def _keeping(local: IsLocal, name: str, options: Options) -> Options:
+    """The options with the BatchNorm policy widened by what else stays at the site."""
+    policy = options.get("norms", AVERAGED)
+    both = NormPolicy(f"{policy.name}, {name}", lambda path, module: local(path, module) or policy.is_local(path, module))
+    return {**options, "norms": both}
