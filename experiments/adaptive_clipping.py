@@ -1,19 +1,26 @@
-"""A bound that follows the median of the updates' norms against fixed ones, in federated learning with client-level privacy on MNIST.
+"""A bound that follows the median norm against fixed ones: federated learning on MNIST with client-level privacy.
 
-Andrew, Thakkar, McMahan & Ramaswamy 2021, "Differentially private learning with adaptive clipping" (arXiv 1905.03871): the bound moves by
-C <- C exp(-eta (b - gamma)), b the noisy share of updates within it, with the paper's gamma = .5, eta = .2, C0 = .1, a noise on the count
-of a twentieth of the expected cohort, and server momentum .9. 1,000 users of 60 images whose mix of digits is drawn from Dir(.5, ..., .5);
-each takes part in a round by a coin of probability .1; the 2NN, one epoch in batches of 10, 100 rounds; the noise that (2, 1e-5) needs by
-RDP, for hiding a whole user.
+Andrew, Thakkar, McMahan & Ramaswamy 2021, "Differentially private learning with adaptive clipping" (arXiv 1905.03871): the bound
+moves by C <- C exp(-eta (b - gamma)), b the noisy share of updates within it, with the paper's gamma = .5, eta = .2, C0 = .1,
+noise on the count of a twentieth of the expected cohort, and server momentum .9. Here 1,000 users of 60 images, whose mix of
+digits is drawn from Dir(.5, ..., .5); each takes part in a round by a coin of probability .1; the 2NN, one epoch in batches of 10, 100
+rounds; as much noise as (2, 1e-5) needs by RDP for hiding a whole user.
 
     python -m experiments.adaptive_clipping
-    python -m experiments.adaptive_clipping --quick    # three clips, fewer rounds, the rates that the full form chose
-    python -m experiments.adaptive_clipping --no-skew  # images dealt by chance
+    python -m experiments.adaptive_clipping --quick      # three clips, fewer rounds, the rates that the full form chose
+    python -m experiments.adaptive_clipping --no-skew    # images dealt by chance
 
-Coins, and not cohorts of a fixed size, since it is adding or removing a user that they hide, by one clip: replacing one in a fixed cohort
-moves the sum by two, and needs twice the noise. What a private mean divides by is 100, whoever came. The users' rate is chosen without
-privacy, and the server rate of each bound from one grid for all, by held-out images of other seeds; the claims are about test images.
-The guarantee covers the models that are sent, not these choices nor the metrics.
+Coins, and not cohorts of a fixed size, since it is adding or removing a user that they hide, by one clip: replacing one in a
+fixed cohort moves the sum by two, and needs twice the noise. What a private mean divides by is 100, whoever came. The users' rate
+is chosen without privacy, and the server rate of each bound from one grid for all, by held-out images of another seed; the claims
+are about test images of ten more. The guarantee covers the models that are sent, not these choices nor the metrics.
+
+2 CPU cores that other work shared: full 22 minutes, quick 68 s of processor time. Expected, test accuracy after round 100: fixed
+clips .03, .1 and .3 .899, 1 .880, 3 .787; median bound .894; without privacy .978. The median bound is .005 [.004, .006] below
+the best fixed clip, cuts half of the updates from round 22 on, and is .65 then. Clips below all norms are alike: only the product of
+clip and server rate counts there, and at one server rate, .056, the five clips have .60, .77, .87, .88 and .74 on validation
+images. A bound that adapts follows the norms that its own noise makes: with a server rate of .18 or more it grows without end.
+Data: `python -m fl_jax.data prepare mnist`.
 """
 
 import dataclasses
@@ -109,15 +116,17 @@ class Config(cli.Common):
         if len(self.clips) < 2 or [*self.clips] != sorted({*self.clips}):
             raise FlJaxError(f"clips must be two or more bounds that ascend, and are {list(self.clips)}.")
         if self.chosen and (len(self.chosen) != len(self.clips) + 2 or len(self.client_rates) != 1):
-            raise FlJaxError(f"chosen must have {len(self.clips) + 2} server rates, of each clip, of the bound that adapts and without privacy, and go "
-                             f"with the one client rate that they were chosen with; it has {len(self.chosen)}, and client_rates {len(self.client_rates)}.")
+            raise FlJaxError(
+                f"chosen must have {len(self.clips) + 2} server rates, of each clip, of the bound that adapts and without "
+                "privacy, and go with the one client rate that they were chosen with; "
+                f"it has {len(self.chosen)}, and client_rates {len(self.client_rates)}.")
 
     @classmethod
     def quick_defaults(cls) -> "Config":
         """Three clips, four tenths of the rounds, two seeds, and the rates that the full form chooses."""
         return cls(
-            quick=True, rounds=40, evaluate_every=20, settled=25, seeds=2, clips=rate_grid.decades(-1, 0, 1), client_rates=rate_grid.decades(-2),
-            chosen=rate_grid.decades(-4, -6, -7, -5, 2, parts=4))
+            quick=True, rounds=40, evaluate_every=20, settled=25, seeds=2, clips=rate_grid.decades(-1, 0, 1),
+            client_rates=rate_grid.decades(-2), chosen=rate_grid.decades(-4, -6, -7, -5, 2, parts=4))
 
     @property
     def cohort(self) -> float:
@@ -180,7 +189,8 @@ def tune(
     if config.chosen:
         return Rates(config.client_rates[0], dict(zip([*bounds(config), PLAIN], config.chosen, strict=True))), {}
     seeds = [FIRST_TUNING_SEED + i for i in range(config.tuning_seeds)]
-    study = study_of(config, model, [mnist.to_choose(images, partial(partition, config), seed, config.validation) for seed in seeds])
+    federations = [mnist.to_choose(images, partial(partition, config), seed, config.validation) for seed in seeds]
+    study = study_of(config, model, federations)
 
     def scores(axes: rate_grid.Axes, arm: training.Arm) -> npt.NDArray[np.float64]:
         variants, labels = rate_grid.labels(axes, seeds)
@@ -207,9 +217,11 @@ def tune(
 def measure(
     config: Config, model: Model, rates: Rates, images: mnist.Load, folder: RunFolder | None = None
 ) -> tuple[pd.DataFrame, dict[str, PrivacyLedger]]:
-    """Trains with every bound and without privacy for all seeds, and measures by the test images: the rows, and what a run has spent.
+    """Trains with every bound and without privacy for all seeds, and measures by the test images: the rows, and what a run
+    has spent.
 
-    A user's promise is the budget. The fixed bounds are rows of one program, as their ledger is of one mechanism: noise is in clips.
+    A user's promise is the budget. The fixed bounds are rows of one program, and their ledger is of one mechanism: noise is in
+    clips.
     """
     seeds = list(range(config.seeds))
     study = study_of(config, model, [mnist.to_measure(images, partial(partition, config), seed) for seed in seeds])
@@ -218,11 +230,13 @@ def measure(
     key, columns = sweep.grid(runs.key, {
         CLIP: jnp.asarray(config.clips, jnp.float32), SERVER: jnp.asarray([rates.server[name] for name in names], jnp.float32)})
     fits = training.fit(
-        study, [fixed_arm(config, model, rates.client, FIXED)], seeds * len(names), training.Runs(key, jnp.tile(runs.data, len(names)), columns),
-        variants=[name.removeprefix(FIXED) for name in names for _ in seeds], folder=folder, resume=config.resume, privacy={FIXED: promise})
+        study, [fixed_arm(config, model, rates.client, FIXED)], seeds * len(names),
+        training.Runs(key, jnp.tile(runs.data, len(names)), columns),
+        variants=[name.removeprefix(FIXED) for name in names for _ in seeds],
+        folder=folder, resume=config.resume, privacy={FIXED: promise})
     others = {arm.name: arm for arm in (median_arm(config, model, rates.client, MEDIAN), plain_arm(config, model, PLAIN))}
-    hyper = {name: {CLIENT: jnp.full(len(seeds), rates.client, jnp.float32), SERVER: jnp.full(len(seeds), rates.server[name], jnp.float32)}
-             for name in others}
+    hyper = {name: {rate: jnp.full(len(seeds), value, jnp.float32)
+                    for rate, value in ((CLIENT, rates.client), (SERVER, rates.server[name]))} for name in others}
     fits |= training.fit(
         study, [arm._replace(build=partial(_own, arm)) for arm in others.values()], seeds, runs._replace(hyper=hyper),
         folder=folder, resume=config.resume, privacy={MEDIAN: promise})
@@ -243,7 +257,7 @@ def partition(config: Config, rng: np.random.Generator, labels: np.ndarray) -> n
 
 
 def study_of(config: Config, model: Model, federations: Sequence[FederatedDataset]) -> training.Study:
-    """What all arms share: users for training; for validation and test a "site" for each digit. The test images are there once."""
+    """What all arms share: users for training; for validation and test a "site" for each digit. Test images are there once."""
     names = federations[0].class_names
     splits = mnist.stacked(federations)._replace(
         validation=mnist.by_class([one.validation for one in federations], len(names)),

@@ -32,12 +32,14 @@ def by_clip(found: "Measured") -> Figure:
         axes.axhspan(interval.low, interval.high, color=color, alpha=0.15, linewidth=0)
         axes.axhline(interval.mean, color=color, linewidth=1.5, linestyle=dashes, label=name)
     low, high = ([abs(interval.mean - getattr(interval, side)) for interval in fixed] for side in ("low", "high"))
-    axes.errorbar(clips, [interval.mean for interval in fixed], yerr=[low, high], fmt="o-", color=PALETTE[0], linewidth=1.2, markersize=4.5, capsize=3,
-                  label="fixed clip")
+    axes.errorbar(
+        clips, [interval.mean for interval in fixed], yerr=[low, high], fmt="o-", color=PALETTE[0], linewidth=1.2, markersize=4.5,
+        capsize=3, label="fixed clip")
     bound = found.settled(MEDIAN, "clip").mean()
     axes.axvline(bound, color=PALETTE[1], linewidth=0.9, linestyle=(0, (1.5, 1.5)))
-    axes.annotate(f"median bound, {bound:.2f}", (bound, 0.03), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points",
-                  fontsize=7.5, color=PALETTE[1])
+    axes.annotate(
+        f"median bound, {bound:.2f}", (bound, 0.03), xycoords=("data", "axes fraction"), xytext=(3, 0),
+        textcoords="offset points", fontsize=7.5, color=PALETTE[1])
     _log(axes.xaxis, axes.set_xscale, clips)
     _legend(figure, axes)
     return figure

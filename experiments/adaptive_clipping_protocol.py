@@ -32,21 +32,25 @@ def claims(config: "Config") -> list[Claim]:
 def stated(config: "Config") -> Iterator[tuple[Claim, Law]]:
     """Each claim with the function that measures it, one value a seed."""
     quick = config.quick
+    source = f"a bar of our own, from {_PAPER}, section 3"
     yield Claim(
-        f"{MEDIAN} minus the best fixed clip", f"a bar of our own, from {_PAPER}, section 3", 0.0, Direction.AT_LEAST, 0.05 if quick else 0.01,
-        "half of these few rounds pass before the bound has come up from .1: on another seed's validation images it is .02 behind after 25 and "
-        "after 50 rounds; three standard errors of two seeds that differ by .015 are as much again" if quick else
-        "published as as good as the best fixed clip or better, over thousands of rounds; one point is what the choice of a rate and the noise of "
-        "a mean of ten seeds may cost. The best is picked by the same test images, which favours it", quick=quick,
+        f"{MEDIAN} minus the best fixed clip", source, 0.0, Direction.AT_LEAST, 0.05 if quick else 0.01,
+        "half of these few rounds pass before the bound has come up from .1: on another seed's validation images it is "
+        ".02 behind after 25 and after 50 rounds; three standard errors of two seeds that differ by .015 are "
+        "as much again" if quick else
+        "published as good as the best fixed clip or better, over thousands of rounds; one point is what the choice of a rate "
+        "and the noise of a mean of ten seeds may cost. The best is picked by the same test images, which favours it",
+        quick=quick,
     ), lambda found: found.minus(found.best)
     if not config.chosen:
         yield Claim(
-            f"{MEDIAN} minus the fixed clip that validation images choose", f"a bar of our own, from {_PAPER}, section 3", 0.0,
-            Direction.AT_LEAST, 0.01, "as for the best one, which this may or may not be"), lambda found: found.minus(found.chosen)
+            f"{MEDIAN} minus the fixed clip that validation images choose", source, 0.0, Direction.AT_LEAST, 0.01,
+            "as for the best one, which this may or may not be"), lambda found: found.minus(found.chosen)
     yield Claim(
         f"{MEDIAN} minus the worst fixed clip", "a bar of our own", 0.03, Direction.AT_LEAST, 0.0,
-        "the largest clip is four times the median norm: for the same updates it has four times the noise, as if a fourth of the users took "
-        "part; three points are less than that cost on other seeds' validation images", quick=quick), lambda found: found.minus(found.worst)
+        "the largest clip is four times the median norm: for the same updates it has four times the noise, as if a fourth of the "
+        "users took part; three points are less than that cost on other seeds' validation images", quick=quick,
+    ), lambda found: found.minus(found.worst)
     budget = f"{config.epsilon:g} at delta {config.delta:g}"
     yield Claim(f"largest epsilon of a user, of {budget}", "the budget", config.epsilon, Direction.AT_MOST, 0.0,
                 "a budget is not exceeded", digits=4), lambda found: found.epsilons().max(axis=0)
@@ -56,10 +60,11 @@ def stated(config: "Config") -> Iterator[tuple[Claim, Law]]:
     rounds = config.rounds - config.settled
     tolerance = 0.1 if quick else 0.05
     yield Claim(
-        f"share of updates cut by the {MEDIAN} after round {config.settled}", f"{_PAPER}, Algorithm 1", config.target, Direction.WITHIN, tolerance,
-        f"the mean of the noisy share over {rounds} rounds is off by the change of log C / ({config.bound_rate:g} x {rounds}): the bound may drift by "
-        f"a factor {np.exp(tolerance * config.bound_rate * rounds):.1f}; the noise of the count adds {config.count_noise / rounds**0.5:.3f}",
-        quick=quick), lambda found: found.cut(MEDIAN)
+        f"share of updates cut by the {MEDIAN} after round {config.settled}", f"{_PAPER}, Algorithm 1", 1 - config.target,
+        Direction.WITHIN, tolerance,
+        f"the mean of the noisy share over {rounds} rounds is off by the change of log C / ({config.bound_rate:g} x {rounds}): "
+        f"the bound may drift by a factor {np.exp(tolerance * config.bound_rate * rounds):.1f}; the noise of the count adds "
+        f"{config.count_noise / rounds**0.5:.3f}", quick=quick), lambda found: found.cut(MEDIAN)
 
 
 def short(name: str) -> str:

@@ -63,7 +63,8 @@ class Measured(Results):
     """The last round's test accuracies, the bounds and what they cut, and what follows from them."""
 
     def __init__(
-        self, config: "Config", rates: "Rates", tried: Mapping[str, "Tried"], metrics: pd.DataFrame, ledgers: Mapping[str, PrivacyLedger]
+        self, config: "Config", rates: "Rates", tried: Mapping[str, "Tried"], metrics: pd.DataFrame,
+        ledgers: Mapping[str, PrivacyLedger],
     ) -> None:
         super().__init__(metrics)
         self.config, self.rates, self.tried, self.ledgers = config, rates, tried, ledgers
@@ -105,7 +106,8 @@ class Measured(Results):
             row: dict[str, Any] = {
                 "arm": short(name), SERVER: self.rates.server[name], "test": mean_interval(self.accuracy(name)),
                 "digit": mean_interval(self.accuracy(name, "worst"))}
-            row["score"] = self.tried[name].choice.score if self.tried else Missing("the server rates are those that the full form chooses")
+            row["score"] = self.tried[name].choice.score if self.tried else Missing(
+                "the server rates are those that the full form chooses")
             if name != PLAIN:
                 row |= {"bound": self.settled(name, "clip").mean(), "cut": self.cut(name).mean(),
                         "noise": (self.settled(name, "noise_norm") / self.settled(name, "signal_norm")).mean()}
@@ -115,12 +117,14 @@ class Measured(Results):
         short_number, margin = "{:.3g}".format, with_margin()
         columns = [
             Column("arm", "", right=False), Column(SERVER, SERVER, short_number), Column("score", "validation", number()),
-            Column("test", "test", margin), Column("digit", "worst digit", margin), Column("minus", "median bound minus it", _difference),
-            Column("bound", "bound", short_number), Column("cut", "share cut", number(2)), Column("noise", "noise / signal", number(0))]
+            Column("test", "test", margin), Column("digit", "worst digit", margin),
+            Column("minus", "median bound minus it", _difference), Column("bound", "bound", short_number),
+            Column("cut", "share cut", number(2)), Column("noise", "noise / signal", number(0))]
         after = self.config.settled + 1
         title = (
-            f"Accuracy after round {self.config.rounds}, {self.config.seeds} seeds, client rate {self.rates.client:.3g}; ± half of the 95 % interval; "
-            f"Δ paired by seed; bound, share cut and norms of noise and signal: means of rounds {after} to {self.config.rounds}")
+            f"Accuracy after round {self.config.rounds}, {self.config.seeds} seeds, client rate {self.rates.client:.3g}; "
+            "± half of the 95 % interval; differences are paired by seed; bound, share cut and norms of noise and signal: "
+            f"means of rounds {after} to {self.config.rounds}")
         return comparison_table(rows, columns, title)
 
     def reading(self) -> list[str]:
@@ -128,22 +132,27 @@ class Measured(Results):
         config, ledger = self.config, self.ledgers[MEDIAN]
         z, own = config.noise, config.adaptive.multiplier(config.noise)
         same = "the same ledger" if ledger == self.ledgers[FIXED] else "another ledger"
+        best, worst = (f"{name.rpartition(' ')[2]}, and the median bound minus it {_difference(self._minus(name))}"
+                       for name in (self.best, self.worst))
         sentences = [
-            (f"The budget needs noise of {z:.3f} clips; the median bound pays for its count with {own:.3f} clips on the sum, {100 * (own / z - 1):.1f} % "
-            f"more, and has {same} as the fixed ones: epsilon {ledger.epsilon(config.delta):.4f} by RDP, and {ledger.epsilon(config.delta, Accountant.PLD):.3f} "
-            "by PLD, which is the tighter account of the same noise."),
-            (f"The best fixed clip on test images is {self.best.rpartition(' ')[2]}, and the median bound minus it {_difference(self._minus(self.best))}; the "
-            f"worst is {self.worst.rpartition(' ')[2]}, and the median bound minus it {_difference(self._minus(self.worst))}."),
-            f"Privacy costs {_level(mean_interval(self.accuracy(PLAIN) - self.accuracy(MEDIAN)))} of accuracy with the median bound."]
+            (f"The budget needs noise of {z:.3f} clips; the median bound pays for its count with {own:.3f} clips on the sum, "
+             f"{100 * (own / z - 1):.1f} % more, and has {same} as the fixed ones: epsilon {ledger.epsilon(config.delta):.4f} "
+             f"by RDP, and {ledger.epsilon(config.delta, Accountant.PLD):.3f} by PLD, which is the tighter account of "
+             "the same noise."),
+            f"The best fixed clip on test images is {best}; the worst is {worst}.",
+            f"Privacy costs the median bound {_level(self.difference(PLAIN, MEDIAN, 'test', 'all', 'accuracy'))} of accuracy."]
         reached = self.first_half()
+        after = "in no round of some seed" if np.isnan(reached).any() else f"in round {np.mean(reached):.0f}"
         sentences.append(
-            f"The median bound first cuts half of the updates or less after {'–' if np.isnan(reached).any() else format(np.mean(reached), '.0f')} rounds, and "
-            f"{100 * self.cut(MEDIAN).mean():.0f} % of them in the rounds after {config.settled}, where it is {self.settled(MEDIAN, 'clip').mean():.2f} on average.")
+            f"The median bound cuts half of the updates or less for the first time {after}, and "
+            f"{100 * self.cut(MEDIAN).mean():.0f} % of them in the rounds after {config.settled}, where it is "
+            f"{self.settled(MEDIAN, 'clip').mean():.2f} on average.")
         whole = [name for name in self.bounds[:-1] if self.cut(name).min() > 0.995]
         if len(whole) > 1:
+            listed = ", ".join(name.rpartition(" ")[2] for name in whole)
             sentences.append(
-                f"The clips {', '.join(name.rpartition(' ')[2] for name in whole)} cut every update: there only the product of clip and server rate "
-                "counts, and a smaller one costs nothing but a larger rate.")
+                f"The clips {listed} cut every update, or nearly: there only the product of clip and server rate counts, "
+                "so that a smaller one costs nothing but a larger rate.")
         edges = [short(name) for name, of in self.tried.items() if of.choice.edges]
         if self.tried:
             sentences.append(f"On the edge of a grid of rates, so that a better one may lie beyond: {', '.join(edges)}." if edges
@@ -165,21 +174,25 @@ class Measured(Results):
         arms: dict[str, Any] = {}
         for name in (*self.bounds, PLAIN):
             own: dict[str, Any] = {
-                "server_rate": self.rates.server[name], "test": mean_interval(self.accuracy(name))._asdict(), "by_seed": self.accuracy(name).tolist(),
+                "server_rate": self.rates.server[name], "test": mean_interval(self.accuracy(name))._asdict(),
+                "by_seed": self.accuracy(name).tolist(),
                 "worst_digit": mean_interval(self.accuracy(name, "worst"))._asdict()}
             if name != PLAIN:
-                own |= {"share_cut": mean_interval(self.cut(name))._asdict(), "bound": mean_interval(self.settled(name, "clip"))._asdict()}
+                own |= {"share_cut": mean_interval(self.cut(name))._asdict(),
+                        "bound": mean_interval(self.settled(name, "clip"))._asdict()}
             if name != MEDIAN:
                 own["median_minus_it"] = self._minus(name)._asdict()
             if self.tried:
                 axes, scores, choice = self.tried[name]
-                own["grid"] = [{**point, "validation": values.tolist()} for point, values in zip(rate_grid.points(axes), scores, strict=True)]
+                own["grid"] = [{**point, "validation": values.tolist()}
+                               for point, values in zip(rate_grid.points(axes), scores, strict=True)]
                 own["edges"] = list(choice.edges)
             arms[name] = own
         ledger = self.ledgers[MEDIAN]
         return {
-            "client_rate": self.rates.client, "noise_multiplier": config.noise, "noise_multiplier_of_the_sum": config.adaptive.multiplier(config.noise),
-            "epsilon_rdp": ledger.epsilon(config.delta), "epsilon_pld": ledger.epsilon(config.delta, Accountant.PLD), "arms": arms,
+            "client_rate": self.rates.client, "noise_multiplier": config.noise,
+            "noise_multiplier_of_the_sum": config.adaptive.multiplier(config.noise), "epsilon_rdp": ledger.epsilon(config.delta),
+            "epsilon_pld": ledger.epsilon(config.delta, Accountant.PLD), "arms": arms,
             "best_fixed": self.best, "chosen_fixed": self.chosen if self.tried else None, "worst_fixed": self.worst,
             "rounds_to_half": self.first_half().tolist(), "reading": reading}
 
@@ -187,4 +200,6 @@ class Measured(Results):
         """Test accuracy over rounds, with bands over seeds."""
         rows = select(self.metrics, "accuracy", "test", "all")
         arms = [MEDIAN, *self.bounds[:-1], PLAIN]
-        return curves(rows.assign(arm=rows["arm"].map(short)), "accuracy", "test", "all", [short(arm) for arm in arms], bounds=_ACCURACY, size=(7.0, 3.8))
+        return curves(
+            rows.assign(arm=rows["arm"].map(short)), "accuracy", "test", "all", [short(arm) for arm in arms], bounds=_ACCURACY,
+            size=(7.0, 3.8))

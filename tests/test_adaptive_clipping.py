@@ -1,4 +1,4 @@
-"""The study of adaptive clipping: what a user pays, what is chosen by what, which bounds run with which rates, that claims are the rows' numbers."""
+"""The study of adaptive clipping: what a user pays, what chooses the rates and what runs with them, that claims are the rows'."""
 
 import dataclasses
 import json
@@ -22,8 +22,9 @@ from fl_jax.results import Direction, load_run, read_claims, select
 
 CLASSES = 3
 SMALL = Config(
-    users=24, rate=0.25, capacity=4.0, batch_size=5, hidden=8, rounds=5, evaluate_every=5, epsilon=8.0, delta=1e-2, clips=(0.05, 0.2, 5.0),
-    count_noise=0.5, client_rates=(0.02, 0.1), plain_rates=(0.1, 1.0), server_rates=(0.1, 1.0), validation=0.25, seeds=2, tuning_seeds=2, settled=2)
+    users=24, rate=0.25, capacity=4.0, batch_size=5, hidden=8, rounds=5, evaluate_every=5, epsilon=8.0, delta=1e-2,
+    clips=(0.05, 0.2, 5.0), count_noise=0.5, client_rates=(0.02, 0.1), plain_rates=(0.1, 1.0), server_rates=(0.1, 1.0),
+    validation=0.25, seeds=2, tuning_seeds=2, settled=2)
 
 
 def images(split):
@@ -38,13 +39,13 @@ def images(split):
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adaptive_clipping.sweep, "run_mesh", lambda: None)  # eight devices would compile for longer than they compute
+        patch.setattr(adaptive_clipping.sweep, "run_mesh", lambda: None)  # eight devices would compile for too long
         yield
 
 
 @pytest.fixture(scope="module")
 def run_study():
-    """(configuration) -> runs the study on the small images, with programs that are compiled once: the same rates are chosen each time."""
+    """(configuration) -> runs the study on the small images, with programs that are compiled once: its choices are the same."""
     known, compile_arms = {}, training.compile_arms
 
     def remembered(study, arms, runs, bar):
@@ -124,7 +125,8 @@ def test_the_claims_are_the_numbers_of_the_rows(finished):
         "median bound minus the fixed clip that validation images choose": median - fixed[by_validation],
         "median bound minus the worst fixed clip": median - fixed[order[0]],
         "largest epsilon of a user, of 8 at delta 0.01": paid.max(0), "least epsilon of a user, of 8 at delta 0.01": paid.min(0),
-        "share of updates cut by the median bound after round 2": values(run.metrics, MEDIAN, "clipped", "round", rounds=(3, 4, 5)),
+        "share of updates cut by the median bound after round 2": values(
+            run.metrics, MEDIAN, "clipped", "round", rounds=(3, 4, 5)),
     }
     assert {*expected} == {*verdicts}
     for text, measured in expected.items():
@@ -169,7 +171,8 @@ def test_each_row_has_its_own_clip_and_rate(given):
     one, other = bounds(config)[:2]
     for name in (one, other):
         assert (select(metrics, "clipped", "round", "all", [name])["value"] == 1).all()
-    np.testing.assert_allclose(*(values(metrics, name, "update_norm", "round", rounds=range(1, 6)) for name in (one, other)), rtol=1e-4)
+    np.testing.assert_allclose(
+        *(values(metrics, name, "update_norm", "round", rounds=range(1, 6)) for name in (one, other)), rtol=1e-4)
     np.testing.assert_allclose(values(metrics, one), values(metrics, other), atol=0.02)  # of 90 images
     assert not np.allclose(*(values(metrics, name, "update_norm", "round") for name in (one, bounds(config)[2])), rtol=0.1)
 
@@ -181,13 +184,15 @@ def test_the_arms_are_dp_fedavg_with_server_momentum_and_fedavgm(given):
     work, server = batches.epochs(1, 5), partial(optax.sgd, momentum=0.9)
     private = aggregators.private_mean(2.0, config.noise, 6.0)
     arms = [
-        training.Arm("clip", lambda _: algorithms.fedavg(model, optax.sgd(0.1), work, server=server(0.3), aggregator=private), poisson),
-        training.Arm("plain", lambda _: algorithms.fedavg(model, optax.sgd(0.1), work, server=server(0.7), aggregator=aggregators.mean()), poisson)]
+        training.Arm(name, lambda _, rate=rate, mean=mean: algorithms.fedavg(
+            model, optax.sgd(0.1), work, server=server(rate), aggregator=mean), poisson)
+        for name, rate, mean in (("clip", 0.3, private), ("plain", 0.7, aggregators.mean()))]
     fits = training.fit(
         adaptive_clipping.study_of(config, model, federations), arms, [0, 1], training.seeds_of([0, 1], stacked=True))
     for name, own in (("clip", bounds(config)[2]), ("plain", PLAIN)):
         for metric in ("update_norm", "participants", "loss"):
-            rows = (select(found, metric, "round", "all", [arm])["value"] for found, arm in ((fits[name].rows, name), (metrics, own)))
+            rows = (select(found, metric, "round", "all", [arm])["value"]
+                    for found, arm in ((fits[name].rows, name), (metrics, own)))
             np.testing.assert_allclose(*rows, rtol=2e-3)
 
 
@@ -201,7 +206,7 @@ def test_users_have_digits_of_their_own_unless_dealt_by_chance():
         owner = partition(dataclasses.replace(Config(), users=100, skew=skew), np.random.default_rng(0), labels)
         counts = np.stack([np.bincount(labels[owner == user], minlength=10) for user in range(100)])
         assert (counts.sum(1) == 60).all()
-        # the expected sum of squared shares is (1 + .5) / (1 + 5) + noise of 60 draws with Dir(.5, ...), 1 / 10 + (1 - 1 / 10) / 60 by chance
+        # the expected sum of squared shares: (1 + .5) / (1 + 5) with Dir(.5, ...), 1 / 10 by chance, and the noise of 60 draws
         concentration = ((counts / 60) ** 2).sum(1).mean()
         assert concentration == pytest.approx(0.25 + 0.75 / 60 if skew else 0.1 + 0.9 / 60, abs=0.03)
 
@@ -219,12 +224,14 @@ def test_the_claims_of_the_full_and_the_quick_form():
     config = Config.quick_defaults()
     for rate in config.chosen[:-1]:
         assert any(np.isclose(rate, known) for known in Config().server_rates)
-    assert {*config.clips} < {*Config().clips} and config.chosen[-1] in Config().plain_rates and config.client_rates[0] in Config().client_rates
+    assert {*config.clips} < {*Config().clips} and config.client_rates[0] in Config().client_rates
+    assert config.chosen[-1] in Config().plain_rates
 
 
 def test_what_is_left_behind_is_complete_and_a_finished_study_is_resumed_as_it_is(finished, run_study):
     config, run = finished
-    assert {path.stem for path in (run.path / "figures").glob("*.png")} == {"accuracy_by_clip", "bound_over_rounds", "accuracy_over_rounds"}
+    assert {path.stem for path in (run.path / "figures").glob("*.png")} == {
+        "accuracy_by_clip", "bound_over_rounds", "accuracy_over_rounds"}
     assert not any("nan" in sentence for sentence in run.summary["reading"])
     rows, verdicts = (run.path / "metrics.csv").read_bytes(), (run.path / "claims.json").read_text()
     run_study(dataclasses.replace(config, resume=True))
@@ -232,9 +239,10 @@ def test_what_is_left_behind_is_complete_and_a_finished_study_is_resumed_as_it_i
 
 
 def test_settings_that_make_no_sense_are_one_sentence():
-    for changes, words in (({"settled": 5}, "settled must be a round before the last"), ({"clips": (1.0, 0.1)}, "clips must be two or more"),
-                           ({"chosen": (1.0,)}, "chosen must have 5 server rates"), ({"validation": 1.0}, "validation must be between"),
-                           ({"seeds": 0}, "seeds must be 1 or more")):
+    for changes, words in (
+        ({"settled": 5}, "settled must be a round before the last"), ({"clips": (1.0, 0.1)}, "clips must be two or more"),
+        ({"chosen": (1.0,)}, "chosen must have 5 server rates"), ({"validation": 1.0}, "validation must be between"),
+        ({"seeds": 0}, "seeds must be 1 or more")):
         with pytest.raises(FlJaxError, match=words):
             dataclasses.replace(SMALL, **changes)
 
