@@ -3,8 +3,8 @@
 Andrew, Thakkar, McMahan & Ramaswamy 2021, "Differentially private learning with adaptive clipping" (arXiv 1905.03871): the bound
 moves by C <- C exp(-eta (b - gamma)), b the noisy share of updates within it, with the paper's gamma = .5, eta = .2, C0 = .1,
 noise on the count of a twentieth of the expected cohort, and server momentum .9. Here 1,000 users of 60 images, whose mix of
-digits is drawn from Dir(.5, ..., .5); each takes part in a round by a coin of probability .1; the 2NN, one epoch in batches of 10, 100
-rounds; as much noise as (2, 1e-5) needs by RDP for hiding a whole user.
+digits is drawn from Dir(.5, ..., .5); each takes part in a round by a coin of probability .1; the 2NN, one epoch in batches of
+10, 100 rounds; as much noise as (2, 1e-5) needs by RDP for hiding a whole user.
 
     python -m experiments.adaptive_clipping
     python -m experiments.adaptive_clipping --quick      # three clips, fewer rounds, the rates that the full form chose
@@ -17,8 +17,8 @@ are about test images of ten more. The guarantee covers the models that are sent
 
 2 CPU cores that other work shared: full 22 minutes, quick 68 s of processor time. Expected, test accuracy after round 100: fixed
 clips .03, .1 and .3 .899, 1 .880, 3 .787; median bound .894; without privacy .978. The median bound is .005 [.004, .006] below
-the best fixed clip, cuts half of the updates from round 22 on, and is .65 then. Clips below all norms are alike: only the product of
-clip and server rate counts there, and at one server rate, .056, the five clips have .60, .77, .87, .88 and .74 on validation
+the best fixed clip, cuts half of the updates from round 22 on, and is .65 then. Clips below all norms are alike: only the product
+of clip and server rate counts there, and at one server rate, .056, the five clips have .60, .77, .87, .88 and .74 on validation
 images. A bound that adapts follows the norms that its own noise makes: with a server rate of .18 or more it grows without end.
 Data: `python -m fl_jax.data prepare mnist`.
 """
