@@ -54,7 +54,7 @@ def round_rows(
     server = {name: np.asarray(value) for name, value in metrics.server.items()}
     total = weight.sum(-1)
     for name in sorted(metrics.clients.keys() - server.keys() - {"participated", "records"}):
-        values = np.where(participated > 0, np.asarray(metrics.clients[name]), 0)
+        values = np.where(participated > 0, np.asarray(metrics.clients[name], np.float64), 0)  # of a run that diverges, float32 overflows
         server[name] = np.where(total > 0, (values * weight).sum(-1) / np.maximum(total, 1), np.nan)
     server["bytes_down"], server["bytes_up"] = (server["participants"] * size for size in payload)
     for s, (arm, seed) in enumerate(labels):
