@@ -50,7 +50,7 @@ def federated_arms(protocol: Protocol, model: Model, config: Config) -> list[tra
         return sampling.everyone()
 
     def arm(name: str, build: Callable[[], FederatedAlgorithm]) -> training.Arm:
-        return training.Arm(name, lambda initial: _starting_from(initial, build()), everyone)
+        return training.Arm(name, lambda initial: starting_from(initial, build()), everyone)
 
     def adaptive(build: Callable[..., FederatedAlgorithm], rates: tuple[float, float], **moments: float) -> FederatedAlgorithm:
         return build(model, optax.sgd(rates[0]), work, server_learning_rate=rates[1], **MOMENTS, **moments)
@@ -63,7 +63,7 @@ def federated_arms(protocol: Protocol, model: Model, config: Config) -> list[tra
     def centralized_arm(rate: float) -> training.Arm:
         return training.Arm(
             centralized(rate),
-            lambda initial: _starting_from(
+            lambda initial: starting_from(
                 initial, algorithms.centralized(model, optax.sgd(rate), algorithms.pooled_batches(work))),
             lambda sites: algorithms.matched_budget(sampling.everyone(), work, sites), pooled_train)
 
@@ -85,7 +85,7 @@ def epochs_arm(protocol: Protocol, model: Model, config: Config) -> training.Arm
     """Adam for a number of epochs, in one round: of FedAvg, where all records are at one site."""
     work, optimizer = batches.epochs(config.epochs, protocol.batch_size), optax.adam(protocol.rates.adam)
     return training.Arm(
-        "Adam", lambda initial: _starting_from(initial, algorithms.fedavg(model, optimizer, work)), lambda _: sampling.everyone())
+        "Adam", lambda initial: starting_from(initial, algorithms.fedavg(model, optimizer, work)), lambda _: sampling.everyone())
 
 
 def train(
@@ -121,6 +121,6 @@ def _named(rows: pd.DataFrame, variants: Sequence[Variant]) -> pd.DataFrame:
     return rows[kept]
 
 
-def _starting_from(params: PyTree, algorithm: FederatedAlgorithm) -> FederatedAlgorithm:
+def starting_from(params: PyTree, algorithm: FederatedAlgorithm) -> FederatedAlgorithm:
     """The algorithm with these initial parameters, whatever the model's own are."""
     return algorithm._replace(init=lambda variables, num_clients: algorithm.init(variables._replace(params=params), num_clients))
