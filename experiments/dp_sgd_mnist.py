@@ -1,19 +1,19 @@
 """DP-SGD on MNIST at one place: the test accuracy and the epsilon that TensorFlow Privacy's tutorial publishes.
 
-tensorflow/privacy, tutorials/README.md: a CNN of 26,010 parameters, 60,000 images, batches of 256, three settings of noise, clip, learning
-rate and epochs, and one without privacy; epsilon for adding or removing an image, at delta 1e-5. DP-SGD is Abadi et al. 2016, "Deep
-learning with differential privacy" (arXiv 1607.00133), Algorithm 1.
+tensorflow/privacy, tutorials/README.md: a CNN of 26,010 parameters, 60,000 images, batches of 256, three settings of noise, clip,
+learning rate and epochs, and one without privacy; epsilon for adding or removing an image, at delta 1e-5. DP-SGD is Abadi et al.
+2016, "Deep learning with differential privacy" (arXiv 1607.00133), Algorithm 1.
 
     python -m experiments.dp_sgd_mnist
     python -m experiments.dp_sgd_mnist --quick    # the tutorial's default for two epochs, which it publishes too
     python -m experiments.dp_sgd_mnist --loose.epochs 0 --default.epochs 0    # the strict setting and the plain ones
 
-The reference shuffles the images and cuts them into batches of a fixed size, and accounts for this as if each image were in a batch by an
-independent coin. Here it is: a step has 256 images in expectation, what it divides by, and its guarantee is the one that is stated.
-Steps are counted as there, epochs * 60,000 // 256. Their epsilon is that of an older conversion of RDP; it is computed here from
-dp_accounting's divergences beside today's, of the ledger that the run keeps, and a tighter one by privacy loss distributions. Settings are the
-README's, nothing is chosen here. It does not state initial weights: the tutorial's script leaves them to Keras (Glorot uniform), here
-they have variance 1 / inputs, and biases are 0. Pixels are in [0, 1].
+The reference shuffles the images and cuts them into batches of a fixed size, and accounts for this as if each image were in a
+batch by an independent coin. Here it is: a step has 256 images in expectation, what it divides by, and its guarantee is the one that
+is stated. Steps are counted as there, epochs * 60,000 // 256. Their epsilon is that of an older conversion of RDP; it is computed here
+from dp_accounting's divergences beside today's, of the ledger that the run keeps, and a tighter one by privacy loss distributions.
+Settings are the README's, nothing is chosen here. It does not state initial weights: the tutorial's script leaves them to Keras
+(Glorot uniform), here they have variance 1 / inputs, and biases are 0. Pixels are in [0, 1].
 
 Data: `python -m fl_jax.data prepare mnist`.
 """
@@ -65,8 +65,8 @@ def classifier() -> Model:
 def work_of(problem: Problem, config: Config, num_records: int) -> Batches:
     """The Poisson samples of a round.
 
-    With privacy a batch has room enough that its being cut costs less of delta than is computed with; in microbatches, empty room is
-    free. The plain gradient works on the room, and has less of it.
+    With privacy a batch has room enough that its being cut costs less of delta than is computed with; in microbatches, empty room
+    is free. The plain gradient works on the room, and has less of it.
     """
     setting = problem.setting(config)
     failure = config.plain_failure if setting.noise is None else config.failure
@@ -90,17 +90,18 @@ def train(problem: Problem, config: Config, model: Model, dataset: FederatedData
     Without clip a learning rate may be too large: such a run goes on with the model that it has.
     """
     setting, num_records = problem.setting(config), len(dataset.train.y)
-    arm = training.Arm(problem.name, partial(algorithm_of, problem, config, model, num_records), _always)
+    arm = training.Arm(problem.name(config), partial(algorithm_of, problem, config, model, num_records), _always)
     study = training.Study(
         model, jax.tree.map(lambda leaf: leaf[None], dataset.device()), dataset.site_names, dataset.unseen_names,
-        rounds_of(setting, config, num_records), setting.evaluate_every, chunk=CHUNK, metrics={"accuracy": CLASSIFICATION["accuracy"]},
-        mesh=sweep.run_mesh())
+        rounds_of(setting, config, num_records), setting.evaluate_every, chunk=CHUNK,
+        metrics={"accuracy": CLASSIFICATION["accuracy"]}, mesh=sweep.run_mesh())
     seeds = list(range(setting.seeds))
     promise = [Guarantee(Unit.RECORD, config.delta, name="image", accountant=Accountant.PLD)]
     fit = training.fit(
-        study, [arm], seeds, training.seeds_of(seeds, stacked=False), folder=folder, resume=config.resume, may_diverge=setting.noise is None,
-        privacy={arm.name: promise} if setting.noise is not None else None)[arm.name]
-    return Outcome(problem, setting, config.batch / num_records, fit.rows, tuple(ledgers[0] for ledgers in fit.ledgers))
+        study, [arm], seeds, training.seeds_of(seeds, stacked=False), folder=folder, resume=config.resume,
+        may_diverge=setting.noise is None, privacy={arm.name: promise} if setting.noise is not None else None)[arm.name]
+    ledgers = tuple(of_run[0] for of_run in fit.ledgers)
+    return Outcome(problem, setting, arm.name, config.batch / num_records, fit.rows, ledgers)
 
 
 def _always(sites: Sites) -> Sampling:

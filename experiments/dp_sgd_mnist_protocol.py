@@ -1,4 +1,4 @@
-"""What experiments/dp_sgd_mnist.py states before it runs: settings, published numbers, claims, and epsilon by both conversions of RDP."""
+"""What experiments/dp_sgd_mnist.py states before it runs: settings, published numbers and claims; and epsilon by both conversions."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from dp_accounting import rdp
 from experiments.common import cli
 from fl_jax.errors import FlJaxError
 from fl_jax.privacy import Accountant, PrivacyLedger
-from fl_jax.results import Claim, Direction, select
+from fl_jax.results import Claim, Direction, last_round, select
 
 RECORDS = 60_000
 """Training images, by which the published steps and rate are counted."""
@@ -82,52 +82,79 @@ class Config(cli.Common):
     def quick_defaults(cls) -> "Config":
         """The tutorial's default for two epochs, whose accuracy and epsilon it publishes too."""
         full = cls()
-        left_out = {field: dataclasses.replace(getattr(full, field), epochs=0) for field in ("strict", "loose", "plain", "strict_plain")}
+        two_epochs = dataclasses.replace(full.default, epochs=2, steps_per_round=117, evaluate_every=2, seeds=2)
+        left_out = ("strict", "loose", "plain", "strict_plain")
         return cls(
-            quick=True, default=dataclasses.replace(full.default, epochs=2, steps_per_round=117, evaluate_every=2, seeds=2), **left_out)
+            quick=True, default=two_epochs, **{field: dataclasses.replace(getattr(full, field), epochs=0) for field in left_out})
+
+
+class Published(NamedTuple):
+    """What is published of a setting. accuracy: of test images after the last step. old, today: epsilon at delta 1e-5 by each
+    conversion; None where there is none. early: of one run at an early epoch."""
+
+    accuracy: float | None = None
+    old: float | None = None
+    today: float | None = None
+    early: bool = False
+
+
+NOTHING = Published()
 
 
 class Problem(NamedTuple):
-    """A setting with what is published of it, in the setting `of` that this was published for. field: of Config. accuracy: of test
-    images after the last step. old, today: epsilon at delta 1e-5 by each conversion; None without privacy, or where unpublished."""
+    """A setting and what is published of it in the form `of`. field: of Config."""
 
     field: str
-    name: str
     of: Setting
-    accuracy: float | None
-    old: float | None = None
-    today: float | None = None
+    published: Published = NOTHING
 
     def setting(self, config: Config) -> Setting:
         """What a configuration makes of it."""
         setting: Setting = getattr(config, self.field)
         return setting
 
-    def published(self, config: Config) -> bool:
-        """Whether it trains as what was published: the same epsilon and number of steps, whatever a round is."""
-        one, other = ((setting.noise, setting.rate, setting.clip, setting.epochs) for setting in (self.setting(config), self.of))
-        return one == other and config.batch == Config.batch
+    def name(self, config: Config) -> str:
+        """Of the arm, in tables."""
+        setting = self.setting(config)
+        epochs = f"{setting.epochs} epoch{'s' * (setting.epochs != 1)}"
+        if setting.noise is None:
+            return f"no privacy, rate {_short(setting.rate)}, {epochs}"
+        return f"noise {_short(setting.noise)}, {epochs}"
 
-    def of_as_long(self, epochs: int) -> "Problem":
-        """The same for so many epochs."""
-        return self._replace(of=dataclasses.replace(self.of, epochs=epochs))
+    def known(self, config: Config) -> Published:
+        """What is published of what a configuration makes of it: whatever a round is, and however many seeds there are."""
+        setting = self.setting(config)
+        one, other = ((each.noise, each.rate, each.clip) for each in (setting, self.of))
+        same = one == other and config.batch == Config.batch
+        if same and setting.epochs == self.of.epochs:
+            found = self.published
+        elif same and self.field == "default" and setting.epochs in EARLY:
+            found = EARLY[setting.epochs]
+        else:
+            return NOTHING
+        return found if config.delta == Config.delta else found._replace(old=None, today=None)
 
 
 _FULL = Config()
+EARLY: Mapping[int, Published] = {1: Published(0.774, 1.03, early=True), 2: Published(0.877, 1.11, early=True)}
+"""Of the default setting after so many epochs."""
 PROBLEMS = (
-    Problem("strict", "noise 1.3, 15 epochs", _FULL.strict, 0.950, 1.19, 0.954),
-    Problem("default", "noise 1.1, 60 epochs", _FULL.default, 0.966, 3.01, 2.597),
-    Problem("loose", "noise .7, 45 epochs", _FULL.loose, 0.970, 7.10, 6.319),
-    Problem("plain", "no privacy, 20 epochs", _FULL.plain, 0.990),
-    Problem("strict_plain", "as noise 1.3, neither clipped nor noised", _FULL.strict_plain, None),
+    Problem("strict", _FULL.strict, Published(0.950, 1.19, 0.954)),
+    Problem("default", _FULL.default, Published(0.966, 3.01, 2.597)),
+    Problem("loose", _FULL.loose, Published(0.970, 7.10, 6.319)),
+    Problem("plain", _FULL.plain, Published(0.990)),
+    Problem("strict_plain", _FULL.strict_plain),
 )
-EARLY: Mapping[int, tuple[float, float]] = {1: (0.774, 1.03), 2: (0.877, 1.11)}
-"""Of one run of the default setting, published after so many epochs: test accuracy, and epsilon by the old conversion."""
-
 README = "TensorFlow Privacy, tutorials/README.md"
 POINT = 0.01
-_ROUNDING = "two decimals are published"
 _OWN_LEDGER = "of the run's own ledger: three decimals, and the delta that a batch's capacity costs is less"
+_ONE_RUN = (
+    "one published run, on a slope of ten points an epoch, from weights that are not published: half an epoch to either side. "
+    "Without noise and clip it would be above it")
+_MEAN_OF_RUNS = (
+    "half a point: published to a tenth, the mean of 10 runs whose standard deviation is below .3, which gives a mean of few seeds "
+    "a standard error of .15 to .2; initial weights are not published")
+_short = "{:g}".format
 
 
 def problems(config: Config) -> list[Problem]:
@@ -158,7 +185,7 @@ def renyi(noise: float, rate: float, steps: int) -> tuple[npt.NDArray[np.float64
 
 
 def old_conversion(orders: npt.NDArray[np.float64], divergences: npt.NDArray[np.float64], delta: float) -> float:
-    """The epsilon of the published numbers: the least of divergence + log(1 / delta) / (order - 1) (Mironov 2017, proposition 3)."""
+    """That of the published numbers: the least of divergence + log(1 / delta) / (order - 1) (Mironov 2017, proposition 3)."""
     usable = (orders > 1) & np.isfinite(divergences)
     return float(np.min(divergences[usable] + math.log(1 / delta) / (orders[usable] - 1)))
 
@@ -169,31 +196,29 @@ def todays_conversion(orders: npt.NDArray[np.float64], divergences: npt.NDArray[
 
 
 class Outcome(NamedTuple):
-    """What came of a problem. rate: the probability of the coins. rows: the metrics of its runs. ledgers: what each run has spent, ()
-    without privacy."""
+    """What came of a problem. name: of its arm. rate: the probability of the coins. rows: the metrics of its runs. ledgers: what each
+    run has spent, () without privacy."""
 
     problem: Problem
     setting: Setting
+    name: str
     rate: float
     rows: pd.DataFrame
     ledgers: tuple[PrivacyLedger, ...]
 
-    def accuracy(self, round: int | None = None) -> npt.NDArray[np.float64]:
-        """float64[S]: of all test images after a round, by default the last, seeds ascending."""
-        rows = select(self.rows, "accuracy", "test", "all", [self.problem.name])
-        at = rows["round"].max() if round is None else round
-        return rows[rows["round"] == at].sort_values("seed")["value"].to_numpy(np.float64)
+    def accuracy(self) -> npt.NDArray[np.float64]:
+        """float64[S]: of all test images after the last round, seeds ascending."""
+        rows = last_round(select(self.rows, "accuracy", "test", "all", [self.name]))
+        return rows.sort_values("seed")["value"].to_numpy(np.float64)
 
-    def steps(self, rounds: int | None = None) -> npt.NDArray[np.int64]:
-        """int64[S]: the steps that each run made, as it counted them, in its first rounds, by default all, seeds ascending."""
-        rows = select(self.rows, "steps", "round", "all", [self.problem.name])
-        rows = rows if rounds is None else rows[rows["round"] <= rounds]
-        return rows.groupby("seed")["value"].sum().to_numpy(np.int64)
+    def steps(self) -> npt.NDArray[np.int64]:
+        """int64[S]: the steps that each run made, as it counted them, seeds ascending."""
+        return select(self.rows, "steps", "round", "all", [self.name]).groupby("seed")["value"].sum().to_numpy(np.int64)
 
-    def old(self, config: Config, rounds: int | None = None) -> npt.NDArray[np.float64]:
+    def old(self, config: Config) -> npt.NDArray[np.float64]:
         """float64[S]: epsilon by the old conversion of the steps that each run made."""
         assert self.setting.noise is not None
-        steps, where = np.unique(self.steps(rounds), return_inverse=True)
+        steps, where = np.unique(self.steps(), return_inverse=True)
         return np.array([old_conversion(*renyi(self.setting.noise, self.rate, int(n)), config.delta) for n in steps])[where]
 
     def spent(self, config: Config, accountant: Accountant = Accountant.RDP) -> npt.NDArray[np.float64]:
@@ -212,45 +237,24 @@ def claims(config: Config) -> list[Claim]:
 def stated(config: Config) -> Iterator[tuple[Claim, Law]]:
     """Each claim with the function that measures it on the outcomes, by the problem's field, one value a seed."""
     for problem in problems(config):
-        epochs = problem.setting(config).epochs
-        if problem.published(config):
-            yield from _published(problem, config)
-        elif problem.field == "default" and epochs in EARLY and problem.of_as_long(epochs).published(config):
-            yield from _early(problem, config)
+        yield from _stated(problem, config)
 
 
-def _published(problem: Problem, config: Config) -> Iterator[tuple[Claim, Law]]:
-    field, source = problem.field, f"{README}, table"
-    if problem.accuracy is not None:
+def _stated(problem: Problem, config: Config) -> Iterator[tuple[Claim, Law]]:
+    field, name, setting, known = problem.field, problem.name(config), problem.setting(config), problem.known(config)
+    quick, source = known.early, f"{README}, {'expected output' if known.early else 'table'}"
+    if known.accuracy is not None:
         yield Claim(
-            f"{problem.name}: test accuracy", source, problem.accuracy, Direction.WITHIN, POINT / 2,
-            "half a point: published to a tenth, the mean of 10 runs whose standard deviation is below .3; the mean of "
-            f"{problem.setting(config).seeds} has a standard error of .2 or less, and initial weights are not published", digits=4,
-        ), lambda outcomes: outcomes[field].accuracy()
-    if problem.today is not None and config.delta == Config.delta:
-        yield Claim(
-            f"{problem.name}: ε, today's conversion", "dp-accounting 0.6.0, RDP at its default orders", problem.today, Direction.WITHIN,
-            1e-3 * problem.today, _OWN_LEDGER, digits=4), lambda outcomes: outcomes[field].spent(config)
-    if problem.old is not None and config.delta == Config.delta:
-        yield Claim(
-            f"{problem.name}: ε, old conversion", source, problem.old, Direction.WITHIN, 0.005, _ROUNDING, digits=4,
-        ), lambda outcomes: outcomes[field].old(config)
-
-
-def _early(problem: Problem, config: Config) -> Iterator[tuple[Claim, Law]]:
-    """The bars of the default setting for as few epochs as the README shows one run of."""
-    field, setting, source = problem.field, problem.setting(config), f"{README}, expected output"
-    accuracy, old = EARLY[setting.epochs]
-    name = f"noise {setting.noise:g}, {setting.epochs} epoch{'s' * (setting.epochs > 1)}"
-    yield Claim(
-        f"{name}: test accuracy", source, accuracy, Direction.WITHIN, 5 * POINT,
-        "one published run, on a slope of ten points an epoch, from weights that are not published: half an epoch to either side. Without "
-        "noise and clip it would be above it", quick=True, digits=4), lambda outcomes: outcomes[field].accuracy()
-    if config.delta == Config.delta and setting.noise is not None:
+            f"{name}: test accuracy", source, known.accuracy, Direction.WITHIN, POINT * (5 if quick else 0.5),
+            _ONE_RUN if quick else _MEAN_OF_RUNS, quick=quick, digits=4), lambda outcomes: outcomes[field].accuracy()
+    if known.old is None or setting.noise is None:
+        return
+    today = known.today
+    if today is None:
         today = todays_conversion(*renyi(setting.noise, config.batch / RECORDS, steps_of(setting, config)), config.delta)
-        yield Claim(
-            f"{name}: ε, today's conversion", "dp-accounting's RDP of as many steps", today, Direction.WITHIN, 1e-3 * today, _OWN_LEDGER,
-            quick=True, digits=4), lambda outcomes: outcomes[field].spent(config)
-        yield Claim(
-            f"{name}: ε, old conversion", source, old, Direction.WITHIN, 0.005, _ROUNDING, quick=True, digits=4,
-        ), lambda outcomes: outcomes[field].old(config)
+    yield Claim(
+        f"{name}: ε, today's conversion", "dp-accounting 0.6.0, RDP at its default orders", today, Direction.WITHIN, 1e-3 * today, _OWN_LEDGER, quick=quick, digits=4,
+    ), lambda outcomes: outcomes[field].spent(config)
+    yield Claim(
+        f"{name}: ε, old conversion", source, known.old, Direction.WITHIN, 0.005, "two decimals are published", quick=quick,
+        digits=4), lambda outcomes: outcomes[field].old(config)

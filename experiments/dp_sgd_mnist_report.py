@@ -54,7 +54,8 @@ def conclude(folder: RunFolder, config: Config, outcomes: Outcomes, verdicts: Se
         folder.save_figure("accuracy_over_epsilon", figure_of_epsilon(config, private))
     console.print(claims_table(verdicts, "Claims"))
     folder.save_figure("accuracy_over_epochs", figure_of_epochs(config, outcomes))
-    folder.write_summary({"problems": {field: summary(config, outcome) for field, outcome in outcomes.items()}, "reading": sentences})
+    problems = {field: summary(config, outcome) for field, outcome in outcomes.items()}
+    folder.write_summary({"problems": problems, "reading": sentences})
     say_where(console, folder)
 
 
@@ -62,44 +63,44 @@ def accuracy_table(config: Config, outcomes: Outcomes) -> Table:
     """One row a setting: test accuracy published and here, by seed, and which share of the images' gradients was clipped."""
     rows: list[dict[str, Any]] = []
     for outcome in outcomes.values():
-        problem, setting, values = outcome.problem, outcome.setting, outcome.accuracy()
+        setting, values, published = outcome.setting, outcome.accuracy(), outcome.problem.known(config).accuracy
         row: dict[str, Any] = {
-            "setting": problem.name, "rate": setting.rate, "steps": _same(outcome.steps()), "here": _in_percent(values),
+            "setting": outcome.name, "rate": setting.rate, "steps": _same(outcome.steps()), "here": _in_percent(values),
             "seeds": ", ".join(f"{100 * value:.2f}" for value in values)}
         if setting.noise is None:
             row |= {"clip": Missing(_PLAIN), "share": Missing(_PLAIN)}
         else:
             row |= {"clip": setting.clip, "share": 100 * clipped(outcome).mean()}
-        published = problem.accuracy if problem.published(config) else None
         row["published"] = Missing(_UNPUBLISHED) if published is None else 100 * published
         row["difference"] = None if published is None else 100 * (values.mean() - published)
         rows.append(row)
     columns = [
-        Column("setting", "", right=False), Column("rate", "learning rate", "{:g}".format), Column("clip", "clip", "{:g}".format),
+        Column("setting", "", right=False), Column("rate", "rate", "{:g}".format), Column("clip", "clip", "{:g}".format),
         Column("steps", "steps", "{:,}".format), Column("published", "published", number(1)), Column("here", "here", _percent),
         Column("difference", "difference", signed(2)), Column("seeds", "by seed"), Column("share", "% clipped", number(0)),
     ]
     return comparison_table(
-        rows, columns, "Accuracy on the test images after the last step, %, mean [95 % interval] over seeds; % clipped: of the images' "
-        "gradients in all steps")
+        rows, columns, "Accuracy on the test images after the last step, %, mean [95 % interval] over seeds; % clipped: of the "
+        "images' gradients in all steps")
 
 
 def epsilon_table(config: Config, private: Sequence[Outcome]) -> Table:
     """One row a private setting: epsilon published, by both conversions of RDP, and by PLD."""
     rows: list[dict[str, Any]] = []
     for outcome in private:
-        problem = outcome.problem
-        published = problem.old if problem.published(config) and config.delta == Config.delta else None
+        published = outcome.problem.known(config).old
         rows.append({
-            "setting": problem.name, "noise": outcome.setting.noise, "steps": _same(outcome.steps()),
+            "setting": outcome.name, "noise": outcome.setting.noise, "steps": _same(outcome.steps()),
             "published": Missing(_UNPUBLISHED) if published is None else published,
-            "old": outcome.old(config).max(), "today": outcome.spent(config).max(), "pld": outcome.spent(config, Accountant.PLD).max()})
+            "old": outcome.old(config).max(), "today": outcome.spent(config).max(),
+            "pld": outcome.spent(config, Accountant.PLD).max()})
     columns = [
-        Column("setting", "", right=False), Column("noise", "noise / clip", "{:g}".format), Column("steps", "steps", "{:,}".format),
-        Column("published", "published, old conversion", number(2)), Column("old", "old conversion", number(4)),
+        Column("setting", "", right=False), Column("noise", "noise / clip", "{:g}".format),
+        Column("steps", "steps", "{:,}".format), Column("published", "published", number(2)), Column("old", "old conversion", number(4)),
         Column("today", "today's, of the ledger", number(4)), Column("pld", "PLD, of the ledger", number(4)),
     ]
-    return comparison_table(rows, columns, f"Epsilon of an image at delta {config.delta:g}, one image added or removed, the same for every seed")
+    return comparison_table(
+        rows, columns, f"Epsilon of an image at delta {config.delta:g}, one image added or removed, the same for every seed")
 
 
 def reading(config: Config, outcomes: Outcomes) -> list[str]:
@@ -110,11 +111,12 @@ def reading(config: Config, outcomes: Outcomes) -> list[str]:
             old, today, pld = (float(value.max()) for value in (
                 outcome.old(config), outcome.spent(config), outcome.spent(config, Accountant.PLD)))
             sentences.append(
-                f"{outcome.problem.name}: epsilon {old:.3f} by the old conversion is {today:.3f} by today's, {100 * (1 - today / old):.0f} % "
-                f"less, and {pld:.3f} by privacy loss distributions: the same steps, noise and samples.")
+                f"{outcome.name}: epsilon {old:.3f} by the old conversion is {today:.3f} by today's, "
+                f"{100 * (1 - today / old):.0f} % less, and {pld:.3f} by privacy loss distributions: the same steps, noise and samples.")
     without = outcomes.get("plain")
     if without is not None:
-        costs = [f"{100 * (without.accuracy().mean() - outcome.accuracy().mean()):.1f} points at epsilon {outcome.spent(config).max():.2f}"
+        best = without.accuracy().mean()
+        costs = [f"{100 * (best - outcome.accuracy().mean()):.1f} points at epsilon {outcome.spent(config).max():.2f}"
                  for outcome in outcomes.values() if outcome.ledgers]
         if costs:
             sentences.append(f"Against training without privacy, at its own learning rate, privacy costs {', '.join(costs)}.")
@@ -123,9 +125,10 @@ def reading(config: Config, outcomes: Outcomes) -> list[str]:
         sentences.append(_without_clip(*pair))
     if any(outcome.ledgers for outcome in outcomes.values()):
         sentences += [
-            ("Samples are drawn by Poisson, as the accounting has it; the reference's are shuffled batches of a fixed size, which it accounts "
-             "for as if they were Poisson samples."),
-            f"Today's: {CONVERSION[Accountant.RDP]}. Old: divergence + log(1 / delta) / (order - 1), the least over the same orders.",
+            ("Samples are drawn by Poisson, as the accounting has it; the reference's are shuffled batches of a fixed size, which it "
+             "accounts for as if they were Poisson samples."),
+            (f"Today's: {CONVERSION[Accountant.RDP]}. Old: divergence + log(1 / delta) / (order - 1), the least over the same "
+             "orders."),
             ("Initial weights are not published: here of variance 1 / inputs; the reference's script leaves them to Keras "
              "(Glorot uniform).")]
     return sentences
@@ -136,29 +139,31 @@ def _without_clip(private: Outcome, plain: Outcome) -> str:
     lost = int((values < COLLAPSED).sum())
     same = f"The strict setting's learning rate, {plain.setting.rate:g}, without noise and clip: "
     if lost:
-        return same + (f"{lost} of {len(values)} runs end below {100 * COLLAPSED:.0f} %, since nothing bounds a step: it is the clip that "
-                       "makes this rate usable.")
-    return same + f"{100 * values.mean():.2f} %, {100 * (values.mean() - private.accuracy().mean()):.2f} points more than with them."
+        return same + (f"{lost} of {len(values)} runs end below {100 * COLLAPSED:.0f} %, since nothing bounds a step: it is the clip "
+                       "that makes this rate usable.")
+    more = 100 * (values.mean() - private.accuracy().mean())
+    return same + f"{100 * values.mean():.2f} %, {more:.2f} points more than with them."
 
 
 def clipped(outcome: Outcome) -> npt.NDArray[np.float64]:
-    """float64[S]: the share of the images' gradients that did not fit the clip, over all rounds, which have equally many steps."""
-    rows = select(outcome.rows, "records_clipped", "round", "all", [outcome.problem.name])
+    """float64[S]: the share of the images' gradients that did not fit the clip, over all rounds, which have as many steps."""
+    rows = select(outcome.rows, "records_clipped", "round", "all", [outcome.name])
     return rows.groupby("seed")["value"].mean().to_numpy(np.float64)
 
 
 def summary(config: Config, outcome: Outcome) -> dict[str, Any]:
     """A setting's numbers for summary.json."""
-    problem, setting = outcome.problem, outcome.setting
+    setting, known = outcome.setting, outcome.problem.known(config)
     found: dict[str, Any] = {
-        "name": problem.name, "noise": setting.noise, "learning_rate": setting.rate, "clip": None if setting.noise is None else setting.clip,
+        "name": outcome.name, "noise": setting.noise, "learning_rate": setting.rate,
+        "clip": None if setting.noise is None else setting.clip,
         "steps": outcome.steps().tolist(), "accuracy": outcome.accuracy().tolist(),
-        "published_accuracy": problem.accuracy if problem.published(config) else None}
+        "published_accuracy": known.accuracy}
     if outcome.ledgers:
         found |= {
             "share_clipped": clipped(outcome).tolist(), "epsilon_old_conversion": outcome.old(config).tolist(),
             "epsilon_rdp": outcome.spent(config).tolist(), "epsilon_pld": outcome.spent(config, Accountant.PLD).tolist(),
-            "published_epsilon": problem.old if problem.published(config) else None, "delta": config.delta}
+            "published_epsilon": known.old, "delta": config.delta}
     return found
 
 
@@ -171,12 +176,14 @@ def figure_of_epochs(config: Config, outcomes: Outcomes) -> Figure:
         low = _draw_over_epochs(axes, outcome, PALETTE[0] if outcome.ledgers else _GREY)
         if outcome.problem.field == "strict" and "strict_plain" in outcomes:
             _draw_over_epochs(axes, outcomes["strict_plain"], _GREY)
-        if outcome.problem.published(config) and outcome.problem.accuracy is not None:
-            axes.axhline(outcome.problem.accuracy, color=PALETTE[1], linewidth=1.2, linestyle=(0, (5, 1.5)))
+        known = outcome.problem.known(config)
+        if known.accuracy is not None and not known.early:
+            axes.axhline(known.accuracy, color=PALETTE[1], linewidth=1.2, linestyle=(0, (5, 1.5)))
         if outcome.problem.field == "default":
-            at = [epoch for epoch in EARLY if epoch <= outcome.setting.epochs and EARLY[epoch][0] > low]
-            axes.plot(at, [EARLY[epoch][0] for epoch in at], "D", color=PALETTE[1], markersize=4.5)
-        _dress(axes, outcome.problem.name, "epochs")
+            early = {epoch: of.accuracy for epoch, of in EARLY.items()
+                     if epoch <= outcome.setting.epochs and (of.accuracy or 0) > low}
+            axes.plot([*early], [*early.values()], "D", color=PALETTE[1], markersize=4.5)
+        _dress(axes, outcome.name, "epochs")
         axes.set_ylim(low, 1.0)
         axes.set_xlim(0, 1.03 * outcome.setting.epochs)
     panels[0].set_ylabel("test accuracy", fontsize=9)
@@ -191,21 +198,25 @@ def figure_of_epochs(config: Config, outcomes: Outcomes) -> Figure:
 
 
 def _draw_over_epochs(axes: Axes, outcome: Outcome, color: str) -> float:
-    """Draws a setting's curves; returns the lowest accuracy that is worth showing: the last third of a run without the first steps."""
-    rows = select(outcome.rows, "accuracy", "test", "all", [outcome.problem.name])
+    """Draws a setting's curves; returns where an axis for their last third begins."""
+    rows = select(outcome.rows, "accuracy", "test", "all", [outcome.name])
     rows = rows.assign(epochs=rows["round"] * outcome.setting.steps_per_round * outcome.rate).sort_values("epochs")
     for _, one in rows.groupby("seed"):
         axes.plot(one["epochs"], one["value"], color=color, alpha=0.45, linewidth=0.6)
     at, mean, low, high = _band(outcome)
     axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
     axes.plot(at, mean, color=color, linewidth=1.5, marker="o" if len(at) < 4 else None, markersize=3)
-    late = mean[2 * len(mean) // 3:]
-    return float(max(0.0, 1 - 2.5 * (1 - late.min())))
+    return _lowest(float(mean[2 * len(mean) // 3:].min()))
+
+
+def _lowest(accuracy: float) -> float:
+    """Where an axis of accuracies begins so that this one stands well above it."""
+    return max(0.0, 1 - 2.5 * max(1 - accuracy, 0.01))
 
 
 def _band(outcome: Outcome) -> tuple[npt.NDArray[np.float64], ...]:
     """Epochs, and the mean accuracy over seeds with its interval, each float64[T]."""
-    rows = select(outcome.rows, "accuracy", "test", "all", [outcome.problem.name]).sort_values("round")
+    rows = select(outcome.rows, "accuracy", "test", "all", [outcome.name]).sort_values("round")
     found = over_seeds(rows, ["round"], bounds=ACCURACY)
     mean, low, high = np.array([interval[:3] for interval in found["interval"]]).T
     return found["round"].to_numpy(np.float64) * outcome.setting.steps_per_round * outcome.rate, mean, low, high
@@ -222,26 +233,26 @@ def figure_of_epsilon(config: Config, private: Sequence[Outcome]) -> Figure:
         epochs, mean, _, _ = _band(outcome)
         orders, divergences = renyi(noise, outcome.rate, 1)
         steps = np.rint(epochs / outcome.rate)
-        spent = select(outcome.rows, "epsilon_record_rdp", "round", "worst", [outcome.problem.name])
+        spent = select(outcome.rows, "epsilon_record_rdp", "round", "worst", [outcome.name])
         today = spent.groupby("round")["value"].first()[np.rint(steps / outcome.setting.steps_per_round).astype(int)].to_numpy()
         old = [old_conversion(orders, count * divergences, config.delta) for count in steps]
         pld = outcome.spent(config, Accountant.PLD).max()
-        axes.plot(today, mean, color=color, linewidth=1.6, label=outcome.problem.name)
+        axes.plot(today, mean, color=color, linewidth=1.6, label=outcome.name)
         axes.plot(old, mean, color=color, linewidth=0.9, linestyle=(0, (4, 2)))
         axes.plot([pld, old[-1]], [mean[-1]] * 2, color=color, linewidth=0.6)
         axes.plot(pld, mean[-1], "^", color=color, markersize=5)
         axes.plot(today[-1], mean[-1], "o", color=color, markersize=5)
         axes.plot(old[-1], mean[-1], "s", color=color, markersize=5, markerfacecolor="white")
-        published = outcome.problem
-        if published.published(config) and published.old is not None and published.accuracy is not None:
-            axes.plot(published.old, published.accuracy, "D", color="black", markersize=4.5, zorder=3)
+        known = outcome.problem.known(config)
+        if known.old is not None and known.accuracy is not None:
+            axes.plot(known.old, known.accuracy, "D", color="black", markersize=4.5, zorder=3)
         lowest = min(lowest, float(mean[-1]))
         ends += [pld, old[-1], today[0]]
     axes.set_xscale("log")
     axes.set_xticks([tick for tick in (0.25, 0.5, 1, 2, 3, 5, 7, 10) if 0.6 * min(ends) <= tick <= 1.4 * max(ends)])
     axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_ylim(max(0.0, 1 - 2.5 * (1 - lowest)), 1 - 0.35 * (1 - lowest))
+    axes.set_ylim(_lowest(lowest), 1.0)
     styles: list[tuple[dict[str, Any], str]] = [
         ({"color": _GREY, "linewidth": 1.6}, "line and dot: RDP, today's conversion"),
         ({"color": _GREY, "linewidth": 0.9, "linestyle": (0, (4, 2))}, "dashes and square: RDP, old conversion"),

@@ -13,7 +13,8 @@ from fl_jax.errors import FlJaxError
 from fl_jax.results.claims import Claim
 
 STUDIES: tuple[str, ...] = (
-    "fed_heart_disease", "fed_tcga_brca", "dp_fed_heart_disease", "fedprox_synthetic", "adaptive_clipping", "dp_chest_xray", "fedavg_mnist", "server_optimizers")
+    "fed_heart_disease", "fed_tcga_brca", "dp_fed_heart_disease", "fedprox_synthetic", "adaptive_clipping", "dp_chest_xray", "dp_sgd_mnist",
+    "fedavg_mnist", "server_optimizers")
 """The studies, modules of experiments, in the order in which they run: the short ones first."""
 
 
