@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.rule import Rule
 
@@ -25,7 +25,6 @@ from fl_jax.results import (
     number,
     over_seeds,
     select,
-    signed,
     with_bounds,
 )
 from fl_jax.results.figures import PALETTE
@@ -72,12 +71,11 @@ def accuracy_table(config: Config, outcomes: Outcomes) -> Table:
         else:
             row |= {"clip": setting.clip, "share": 100 * clipped(outcome).mean()}
         row["published"] = Missing(_UNPUBLISHED) if published is None else 100 * published
-        row["difference"] = None if published is None else 100 * (values.mean() - published)
         rows.append(row)
     columns = [
         Column("setting", "", right=False), Column("rate", "rate", "{:g}".format), Column("clip", "clip", "{:g}".format),
         Column("steps", "steps", "{:,}".format), Column("published", "published", number(1)), Column("here", "here", _percent),
-        Column("difference", "difference", signed(2)), Column("seeds", "by seed"), Column("share", "% clipped", number(0)),
+        Column("seeds", "by seed"), Column("share", "% clipped", number(0)),
     ]
     return comparison_table(
         rows, columns, "Accuracy on the test images after the last step, %, mean [95 % interval] over seeds; % clipped: of the "
@@ -186,6 +184,7 @@ def figure_of_epochs(config: Config, outcomes: Outcomes) -> Figure:
         _dress(axes, outcome.name, "epochs")
         axes.set_ylim(low, 1.0)
         axes.set_xlim(0, 1.03 * outcome.setting.epochs)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     panels[0].set_ylabel("test accuracy", fontsize=9)
     panels[0].plot([], [], color=PALETTE[0], linewidth=1.5, label="mean of seeds, 95 % interval")
     if any(not outcome.ledgers for outcome in outcomes.values()):
@@ -245,7 +244,8 @@ def figure_of_epsilon(config: Config, private: Sequence[Outcome]) -> Figure:
         axes.plot(old[-1], mean[-1], "s", color=color, markersize=5, markerfacecolor="white")
         known = outcome.problem.known(config)
         if known.old is not None and known.accuracy is not None:
-            axes.plot(known.old, known.accuracy, "D", color="black", markersize=4.5, zorder=3)
+            axes.plot(known.old, known.accuracy, "D", color="black", markersize=8, markerfacecolor="none")
+            ends.append(known.old)
         lowest = min(lowest, float(mean[-1]))
         ends += [pld, old[-1], today[0]]
     axes.set_xscale("log")
@@ -257,7 +257,7 @@ def figure_of_epsilon(config: Config, private: Sequence[Outcome]) -> Figure:
         ({"color": _GREY, "linewidth": 1.6}, "line and dot: RDP, today's conversion"),
         ({"color": _GREY, "linewidth": 0.9, "linestyle": (0, (4, 2))}, "dashes and square: RDP, old conversion"),
         ({"color": _GREY, "linestyle": "", "marker": "^", "markersize": 5}, "triangle: PLD"),
-        ({"color": "black", "linestyle": "", "marker": "D", "markersize": 4.5}, "published, old conversion"),
+        ({"color": "black", "linestyle": "", "marker": "D", "markersize": 7, "markerfacecolor": "none"}, "published, old conversion"),
     ]
     for style, label in styles:
         axes.plot([], [], label=label, **style)
@@ -270,7 +270,7 @@ def figure_of_epsilon(config: Config, private: Sequence[Outcome]) -> Figure:
 def _dress(axes: Axes, title: str, x: str) -> None:
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(x, fontsize=9)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=_FAINT, linewidth=0.6)
     axes.tick_params(labelsize=8)
