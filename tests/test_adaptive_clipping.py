@@ -14,7 +14,7 @@ from experiments import adaptive_clipping
 from experiments.adaptive_clipping import Config, Rates, measure, partition
 from experiments.adaptive_clipping_protocol import CLIENT, FIXED, MEDIAN, PLAIN, SERVER, bounds, claims
 from experiments.common import mnist, rate_grid
-from fl_jax import aggregators, algorithms, batches, data, models, sampling, training
+from fl_jax import aggregators, algorithms, batches, models, sampling, training
 from fl_jax.data import Source
 from fl_jax.errors import FlJaxError
 from fl_jax.privacy import Accountant
@@ -248,11 +248,9 @@ def test_settings_that_make_no_sense_are_one_sentence():
 
 
 @pytest.mark.slow
-def test_the_quick_form_holds(published_data, tmp_path):
-    folder = published_data("mnist")
-    config = dataclasses.replace(Config.quick_defaults(), out=tmp_path / "run")
-    adaptive_clipping.run(config, lambda split: data.mnist(split, data_dir=folder))
-    verdicts = read_claims(config.out / "claims.json")
+def test_the_quick_form_holds(quick_form):
+    folder = quick_form("adaptive_clipping", "mnist")
+    verdicts = read_claims(folder / "claims.json")
     assert len(verdicts) == 5 and all(verdict.holds for verdict in verdicts), verdicts
-    summary = json.loads((config.out / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["arms"][PLAIN]["test"]["mean"] > 0.95  # ten classes, without privacy

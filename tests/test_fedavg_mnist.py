@@ -224,11 +224,8 @@ def test_a_setting_that_makes_no_sense_is_one_sentence():
 
 
 @pytest.mark.slow
-def test_the_quick_form_reaches_its_bars(published_data, tmp_path):
-    folder = published_data("mnist")
-    config = dataclasses.replace(Config.quick_defaults(), out=tmp_path / "run")
-    fedavg_mnist.run(config, lambda split: data.mnist(split, data_dir=folder))
-    verdicts = read_claims(config.out / "claims.json")
+def test_the_quick_form_reaches_its_bars(quick_form):
+    verdicts = read_claims(quick_form("fedavg_mnist", "mnist") / "claims.json")
     assert len(verdicts) == 3 and not any(verdict.broken for verdict in verdicts), verdicts
     at_34 = verdicts[0]  # where plain NumPy crosses too, and a tenth to either side of it
     assert at_34.measured == pytest.approx(35, rel=0.1), at_34

@@ -229,12 +229,9 @@ def test_every_method_has_a_claim_and_those_of_the_quick_form_are_marked():
 
 
 @pytest.mark.slow
-def test_the_quick_form_holds(published_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(published_data("fashion_mnist")))
-    monkeypatch.setitem(mnist.IMAGES, "fashion_mnist", mnist.fashion_mnist)
-    config = dataclasses.replace(Config.quick_defaults(), out=tmp_path / "run")
-    server_optimizers.run(config)
-    verdicts = read_claims(config.out / "claims.json")
+def test_the_quick_form_holds(quick_form):
+    folder = quick_form("server_optimizers", "fashion_mnist")
+    verdicts = read_claims(folder / "claims.json")
     assert [verdict.holds for verdict in verdicts] == [True] * 3 and all(verdict.claim.quick for verdict in verdicts)
-    summary = json.loads((config.out / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
     assert jax.tree.leaves(summary["partitions"][DIRICHLET]["FedAdam"]["rates"])
