@@ -88,7 +88,7 @@ def conclude(
     console.print("", Rule("What epsilon covers", align="left"), bullets(study.covered()), "", claims_table(verdicts, "Claims"))
     folder.save_figure("labels", study.figure_of_labels())
     folder.save_figure("budgets", study.figure_of_budgets())
-    folder.save_figure("accuracy_per_site", per_site(metrics, METRIC, arms=study.shown_by_site(), bounds=BOUNDS))
+    folder.save_figure("accuracy_per_site", per_site(metrics, METRIC, arms=study.shown_by_site(), bounds=BOUNDS, width=7.5))
     folder.write_summary(study.summary())
     say_where(console, folder, f"{config.seeds} starts")
 
@@ -177,15 +177,15 @@ class Study:
             theirs = PUBLISHED[label]
             half = half_interval(theirs.deviation)
             rows.append({
-                "label": f"{label[0]:g} at {label[1]:g}", "noise": f"{min(self.noises[label]):.3g} to "
-                "{max(self.noises[label]):.3g}",
+                "label": f"{label[0]:g} at {label[1]:g}",
+                "noise": " to ".join(f"{side(self.noises[label]):.3g}" for side in (min, max)),
                 "published": theirs.accuracy, "here": mean_interval(self.mean(f"{AS_RUN}{labelled(*label)}")),
                 "theirs": f"{signed()(theirs.difference)} ± {number()(half)}",
                 "lost": mean_interval(self.lost(label)), "own": mean_interval(self.lost(label, OWN))})
         columns = [
             Column("label", "label", right=False), Column("noise", "noise, clips"), Column("published", "published", number()),
             Column("here", "here", margin), Column("theirs", "Δ published"), Column("lost", "Δ here", difference),
-            Column("own", "Δ own generators", difference),
+            Column("own", "Δ own", difference),
         ]
         return comparison_table(
             rows, columns,
@@ -229,20 +229,22 @@ class Study:
                 "arm": arm, "mean": mean_interval(self.mean(arm)), "all": mean_interval(self.patients(arm)),
                 "worst": self.results.interval(arm, "test", "worst", METRIC)}
             if choice is not None:
-                row |= {"rate": choice.rate, "plan": choice.plan.name if choice.plan else None}
+                row |= {"rate": choice.rate, "plan": choice.plan.name if choice.plan else None, "chosen by": choice.score}
             if arm in self.ledgers:
                 row |= {"epsilon": self.ledger_epsilon(arm), "cost": _hundredfold(mean_interval(costs[arm]))}
             rows.append(row)
         margin = with_margin()
         columns = [
-            Column("arm", "", right=False), Column("plan", "chosen plan"), Column("rate", "rate", "{:.3g}".format),
-            Column("epsilon", "ε", number(3)), Column("all", "all patients", margin), Column("mean", "mean of sites", margin),
-            Column("worst", "worst", margin), Column("cost", "cost, points", _points),
+            Column("arm", "", right=False), Column("plan", "steps at rate"), Column("rate", "lr", "{:.2g}".format),
+            Column("epsilon", "ε", number(3)), Column("chosen by", "valid.", number()),
+            Column("all", "all patients", margin), Column("mean", "mean of sites", margin),
+            Column("worst", "worst", margin), Column("cost", "cost", _points),
         ]
         return comparison_table(
             rows, columns,
             f"Within a budget at delta {config.delta:g}, ε by the ledger's PLD: test accuracy ± half of the 95 % interval; cost: "
-            "of all patients, against the same without DP. At .001: FLamby's learning rate, and its number of steps")
+            "points over all patients, against the same without DP; valid.: accuracy on validation patients, by which lr, steps "
+            "and sampling rate are chosen. At .001: FLamby's learning rate, and its number of steps")
 
     def trained(self) -> tuple[str, ...]:
         """How hospitals train."""
@@ -311,6 +313,18 @@ class Study:
                 f"patients are ill in very different shares ({self._shares()}), which one intercept cannot say. With an "
                 f"intercept of each "
                 f"hospital's own, FedAvg at epsilon {first:g} has {_plain(own)} points more than hospitals alone.")
+        scores = [(f"epsilon {e:g}", self.choices[chosen(FEDERATED, e)].score) for e in config.epsilons[::-1]]
+        sentences.append(
+            f"These intervals are over starts; all have the same {int(self.dataset.test.sizes.sum())} test patients, on whom two "
+            f"accuracies near {self.patients(chosen(FEDERATED)).mean():.2f} are a few points apart by chance. "
+            f"On validation patients of {config.tuning_seeds} splits FedAvg has {number()(self.choices[chosen(FEDERATED)].score)} without privacy, "
+            + ", ".join(f"{number()(score)} at {name}" for name, score in scores) + ", each the best of its grid.")
+        loud = [self.lost(label).mean() for label in config.pairs if label[0] > 1]
+        if loud:
+            sentences.append(
+                f"At labels above 1, of noise {min(min(self.noises[p]) for p in config.pairs):.2g} clips and more, what is lost "
+                f"({number()(min(loud))} to {number()(max(loud))}) hardly changes with the noise: "
+                f"the clip of {opacus.CLIP:g} takes it.")
         sentences += self._of_the_smallest()
         edges = [arm for arm, choice in self.choices.items() if choice.edge]
         if edges:
@@ -399,9 +413,9 @@ class Study:
             axes.plot([], [], color=color, linewidth=1.6, label=label)
 
     def figure_of_budgets(self) -> Figure:
-        """Accuracy within a budget, by epsilon, and without one."""
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.subplots()
+        """Accuracy within a budget, by epsilon, and without one: of the choice, on validation patients, and on test patients."""
+        figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+        left, axes = figure.subplots(1, 2, sharey=True)
         epsilons = self.config.epsilons
         lines = [("FedAvg at .001, 1,500 steps", [as_many_steps(e) for e in epsilons], at_published_rate(FEDERATED))]
         lines += [(arm, [chosen(arm, e) for e in epsilons], chosen(arm)) for arm in self.private()]
@@ -413,14 +427,22 @@ class Study:
             means = [one.mean for one in found]
             axes.errorbar(at[:-1], means[:-1], bars[:-1], fmt="o-", color=PALETTE[k], markersize=4, label=label)
             axes.errorbar(at[-1:], means[-1:], bars[-1:], fmt="s", color=PALETTE[k], markersize=4.5)
+            if without in self.choices:
+                scores = [self.choices[arm].score for arm in (*arms, without)]
+                left.plot(at[:-1], scores[:-1], "o-", color=PALETTE[k], markersize=4)
+                left.plot(at[-1:], scores[-1:], "s", color=PALETTE[k], markersize=4.5)
         pooled = self.patients(chosen(POOLED)).mean()
         axes.axhline(pooled, color=_GREY, linewidth=0.9, linestyle=_DASH, label="pooled, no DP")
-        axes.set_xticks(places, [*(f"{epsilon:g}" for epsilon in epsilons), "no DP"])
-        axes.set_xlabel(f"epsilon at delta {self.config.delta:g}, of the ledger")
-        axes.set_ylabel("test accuracy over all patients,\nwith its 95 % interval over starts")
-        axes.grid(axis="y", color="#E3E3E3", linewidth=0.6)
-        axes.set_axisbelow(True)
-        figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+        left.axhline(self.choices[chosen(POOLED)].score, color=_GREY, linewidth=0.9, linestyle=_DASH)
+        left.set_ylabel("accuracy over all patients")
+        left.set_title(f"validation patients, mean of {self.config.tuning_seeds} splits: the best of each grid", fontsize=9)
+        axes.set_title(f"{int(self.dataset.test.sizes.sum())} test patients, with 95 % intervals over starts", fontsize=9)
+        for panel in (left, axes):
+            panel.set_xticks(places, [*(f"{epsilon:g}" for epsilon in epsilons), "no DP"])
+            panel.set_xlabel(f"epsilon at delta {self.config.delta:g}, of the ledger")
+            panel.grid(axis="y", color="#E3E3E3", linewidth=0.6)
+            panel.set_axisbelow(True)
+        figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=8)
         return figure
 
     def summary(self) -> dict[str, Any]:
