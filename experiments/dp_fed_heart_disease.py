@@ -8,18 +8,18 @@ experiments/flamby/opacus.py restates all of it. Here are its accuracies by the 
 and what independent noise would give.
 
     python -m experiments.dp_fed_heart_disease
-    python -m experiments.dp_fed_heart_disease --quick    # two labels, two budgets, a small grid
+    python -m experiments.dp_fed_heart_disease --quick    # two labels, two budgets, one plan
 
 Then the honest curve, by Poisson samples at one rate and one noise for all hospitals, calibrated for every step: with FLamby's
 number of steps and learning rate, and with steps, sampling and learning rate that are chosen from a grid by validation patients,
 who are a quarter of the training patients, on twenty splits. Test patients are not in the choice. Without differential privacy
 the same choice of learning rate is made for FedAvg, for each hospital alone and for all patients in one place.
 
-2 CPU cores: about 4 minutes of processor time in full, quick 30 s, half of it compilation, which is kept for the next time.
+2 CPU cores: about 3 minutes of processor time in full, quick 1 minute of it, most of it compilation, which is kept.
 Expected, published / here, as the mean over hospitals: without privacy .713 / .700; what is lost at labels of 50 to 1 is .010 to
-.014 / .018 (deltas averaged), at .1 .059 / .056, and at .1 and 1e-4 .107 / .102, of which own generators would save half. At
-labels of 1 and more it is not the noise but the clip that costs: without noise .035, of which dividing by 3 gives half back. A label
-stands for 3 to 9 times its epsilon had batches been Poisson samples, and for 22 times and more as they are. Honest epsilons of 1
+.014 / .018 (deltas averaged), at .1 .059 / .056, and at .1 and 1e-4 .107 / .102, of which own generators would save half.
+At labels of 1 and more it is not the noise but the clip that costs: without noise .035, of which dividing by 3 gives half back. A
+label stands for 3 to 9 times its epsilon had batches been Poisson samples, and for 22 times and more as they are. Honest epsilons of 1
 to 10 at delta .001 cost FedAvg less than 254 test patients can tell (.746, .746, .735 over all patients, .728 without) if steps
 and rate are chosen for them; FLamby's steps and rate lose 6 or 7 points. At epsilon 1 hospitals alone have .751, and FedAvg with
 an intercept of each hospital's own has .777.

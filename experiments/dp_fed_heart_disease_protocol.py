@@ -130,10 +130,11 @@ class Config(cli.Common):
 
     @classmethod
     def quick_defaults(cls) -> "Config":
-        """The two outermost labels at the smallest delta, two budgets, and fewer choices and initialisations."""
+        """The two outermost labels at the smallest delta, two budgets, one plan, and fewer rates and initialisations."""
         return cls(
-            quick=True, seeds=10, labels=(50.0, 0.1), deltas=(0.0001,), epsilons=(1.0, 10.0), sampling_rates=(0.25,), steps=(20,),
-            rates=(0.01, 0.0316, 0.1, 0.316), tuning_seeds=5)
+            quick=True, seeds=10, labels=(50.0, 0.1), deltas=(0.0001,), epsilons=(1.0, 10.0),
+            sampling_rates=(AS_MANY_STEPS.sampling_rate,), steps=(AS_MANY_STEPS.steps,), rates=(0.00316, 0.01, 0.0316),
+            tuning_seeds=5)
 
     @property
     def pairs(self) -> list[tuple[float, float]]:

@@ -317,7 +317,8 @@ class Study:
         sentences.append(
             f"These intervals are over starts; all have the same {int(self.dataset.test.sizes.sum())} test patients, on whom two "
             f"accuracies near {self.patients(chosen(FEDERATED)).mean():.2f} are a few points apart by chance. "
-            f"On validation patients of {config.tuning_seeds} splits FedAvg has {number()(self.choices[chosen(FEDERATED)].score)} without privacy, "
+            f"On validation patients of {config.tuning_seeds} splits FedAvg has "
+            f"{number()(self.choices[chosen(FEDERATED)].score)} without privacy, "
             + ", ".join(f"{number()(score)} at {name}" for name, score in scores) + ", each the best of its grid.")
         loud = [self.lost(label).mean() for label in config.pairs if label[0] > 1]
         if loud:

@@ -62,15 +62,6 @@ def federation(validation=0.0, seed=0, poison=False):
     return standardize.standardize_features(dataset, standardize.site_statistics)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, published_data):
-    """The quick form: its configuration and what it left behind."""
-    folder = published_data("fed_heart_disease")
-    config = dataclasses.replace(Config.quick_defaults(), out=tmp_path_factory.mktemp("study") / "run")
-    study.run(config, lambda validation, seed: data.fed_heart_disease(validation=validation, seed=seed, data_dir=folder))
-    return config, load_run(config.out)
-
-
 @pytest.mark.parametrize("noise, rate", [(0.38, 0.02), (2.03, 0.125), (17.5, 0.02)])
 def test_the_divergences_are_the_moments_of_the_likelihood_ratio(noise, rate):
     found = opacus.renyi(noise, rate)
@@ -216,10 +207,10 @@ def test_noise_that_is_run_with_stays_within_its_budget():
 
 
 @pytest.mark.slow
-def test_the_claims_are_the_numbers_of_the_rows_and_of_the_ledgers(finished):
-    config, run = finished
+def test_the_quick_form_holds_by_the_numbers_of_its_rows_and_ledgers(quick_form):
+    config, run = Config.quick_defaults(), load_run(quick_form("dp_fed_heart_disease", "fed_heart_disease"))
     verdicts = {verdict.claim.claim: verdict for verdict in read_claims(run.path / "claims.json")}
-    assert [*verdicts] == [claim.claim for claim in claims(config)]
+    assert [*verdicts] == [claim.claim for claim in claims(config)] and all(verdict.holds for verdict in verdicts.values())
 
     def accuracy(arm, site):
         rows = run.metrics[(run.metrics["arm"] == arm) & (run.metrics["split"] == "test") & (run.metrics["site"] == site)]
@@ -235,7 +226,9 @@ def test_the_claims_are_the_numbers_of_the_rows_and_of_the_ledgers(finished):
             own = spent[spent["arm"] == arm]["value"].unique()
             assert len(own) == 1 and 0.99 * budget <= own[0] <= budget
             assert verdicts[f"ledger / budget, {arm}"].measured == pytest.approx(own[0] / budget, rel=1e-6)
-    assert not set(spent["arm"]) & {arm for arm in spent["arm"] if arm.startswith(AS_RUN)}
+    assert not any(arm.startswith(AS_RUN) for arm in spent["arm"])
+    ledgers = json.loads((run.path / "summary.json").read_text())["ledgers"]
+    assert {*ledgers} == {arm(e) for e in config.epsilons for arm in (lambda e: chosen(FEDERATED, e), as_many_steps)}
 
 
 def test_choices_are_the_best_on_validation_records_and_blind_to_test_records(monkeypatch):
@@ -292,12 +285,3 @@ def test_the_published_numbers_are_those_of_the_file(raw_files):
     for epsilon, published in OVER_DELTAS.items():
         difference = wide[epsilon].mean(axis=1) - without
         assert pytest.approx((difference.mean(), difference.std()), abs=6e-5) == published
-
-
-@pytest.mark.slow
-def test_the_quick_form_holds(finished):
-    config, run = finished
-    verdicts = read_claims(run.path / "claims.json")
-    assert [verdict.claim.claim for verdict in verdicts if not verdict.holds] == []
-    stored = json.loads((run.path / "summary.json").read_text())
-    assert {*stored["ledgers"]} == {arm(e) for e in config.epsilons for arm in (lambda e: chosen(FEDERATED, e), as_many_steps)}
