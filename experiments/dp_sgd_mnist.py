@@ -9,11 +9,17 @@ learning rate and epochs, and one without privacy; epsilon for adding or removin
     python -m experiments.dp_sgd_mnist --loose.epochs 0 --default.epochs 0    # the strict setting and the plain ones
 
 The reference shuffles the images and cuts them into batches of a fixed size, and accounts for this as if each image were in a
-batch by an independent coin. Here it is: a step has 256 images in expectation, what it divides by, and its guarantee is the one that
-is stated. Steps are counted as there, epochs * 60,000 // 256. Their epsilon is that of an older conversion of RDP; it is computed here
-from dp_accounting's divergences beside today's, of the ledger that the run keeps, and a tighter one by privacy loss distributions.
-Settings are the README's, nothing is chosen here. It does not state initial weights: the tutorial's script leaves them to Keras
-(Glorot uniform), here they have variance 1 / inputs, and biases are 0. Pixels are in [0, 1].
+batch by an independent coin. Here it is: a step has 256 images in expectation, what it divides by, and its guarantee is the one
+that is stated. Steps are counted as its Keras script does, epochs * 60,000 // 256. Their epsilon is that of an older conversion
+of RDP; it is computed here from dp_accounting's divergences beside today's, of the ledger that the run keeps, and a tighter one
+by privacy loss distributions. Settings are the README's, nothing is chosen here. It does not state initial weights: the
+tutorial's script leaves them to Keras (Glorot uniform), here they have variance 1 / inputs, and biases are 0. Pixels are in [0,
+1].
+
+2 CPU cores that other work shared: full about an hour, 20 ms of processor time a step and seed; quick 55 s of processor time in
+all, compilation included. Expected, published / here: noise 1.3 95.0 / 94.95 %, 1.1 96.6 / 96.57 %, .7 97.0 / 97.04 %; epsilon
+by the old conversion 1.19, 3.01 and 7.10 in both, .954, 2.597 and 6.319 by today's, .86, 2.38 and 5.64 by privacy loss
+distributions. Seeds differ by .5 points at the largest noise, more than is published (less than .3).
 
 Data: `python -m fl_jax.data prepare mnist`.
 """

@@ -1,4 +1,4 @@
-"""What experiments/dp_sgd_mnist.py states before it runs: settings, published numbers and claims; and epsilon by both conversions."""
+"""What experiments/dp_sgd_mnist.py states before it runs: settings, published numbers, claims; epsilon by both conversions."""
 
 import dataclasses
 import math
@@ -118,8 +118,8 @@ class Problem(NamedTuple):
         setting = self.setting(config)
         epochs = f"{setting.epochs} epoch{'s' * (setting.epochs != 1)}"
         if setting.noise is None:
-            return f"no privacy, rate {_short(setting.rate)}, {epochs}"
-        return f"noise {_short(setting.noise)}, {epochs}"
+            return f"no privacy, rate {short(setting.rate)}, {epochs}"
+        return f"noise {short(setting.noise)}, {epochs}"
 
     def known(self, config: Config) -> Published:
         """What is published of what a configuration makes of it: whatever a round is, and however many seeds there are."""
@@ -152,9 +152,13 @@ _ONE_RUN = (
     "one published run, on a slope of ten points an epoch, from weights that are not published: half an epoch to either side. "
     "Without noise and clip it would be above it")
 _MEAN_OF_RUNS = (
-    "half a point: published to a tenth, the mean of 10 runs whose standard deviation is below .3, which gives a mean of few seeds "
-    "a standard error of .15 to .2; initial weights are not published")
-_short = "{:g}".format
+    "half a point: published to a tenth, the mean of 10 runs whose standard deviation is below .3, which gives a mean of few "
+    "seeds a standard error of .15 to .2; initial weights are not published")
+
+
+def short(value: float) -> str:
+    """A setting's number in a name: 1.3, .7."""
+    return f"{value:g}".removeprefix("0") or "0"
 
 
 def problems(config: Config) -> list[Problem]:
@@ -196,8 +200,8 @@ def todays_conversion(orders: npt.NDArray[np.float64], divergences: npt.NDArray[
 
 
 class Outcome(NamedTuple):
-    """What came of a problem. name: of its arm. rate: the probability of the coins. rows: the metrics of its runs. ledgers: what each
-    run has spent, () without privacy."""
+    """What came of a problem. name: of its arm. rate: the probability of the coins. rows: the metrics of its runs. ledgers: what
+    each run has spent, () without privacy."""
 
     problem: Problem
     setting: Setting
@@ -253,8 +257,8 @@ def _stated(problem: Problem, config: Config) -> Iterator[tuple[Claim, Law]]:
     if today is None:
         today = todays_conversion(*renyi(setting.noise, config.batch / RECORDS, steps_of(setting, config)), config.delta)
     yield Claim(
-        f"{name}: ε, today's conversion", "dp-accounting 0.6.0, RDP at its default orders", today, Direction.WITHIN, 1e-3 * today, _OWN_LEDGER, quick=quick, digits=4,
-    ), lambda outcomes: outcomes[field].spent(config)
+        f"{name}: ε, today's conversion", "dp-accounting 0.6.0, RDP at its default orders", today, Direction.WITHIN, 1e-3 * today,
+        _OWN_LEDGER, quick=quick, digits=4), lambda outcomes: outcomes[field].spent(config)
     yield Claim(
         f"{name}: ε, old conversion", source, known.old, Direction.WITHIN, 0.005, "two decimals are published", quick=quick,
         digits=4), lambda outcomes: outcomes[field].old(config)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.rule import Rule
 
 from experiments.common.report import bullets, say_where
-from experiments.dp_sgd_mnist_protocol import EARLY, Config, Outcome, old_conversion, renyi
+from experiments.dp_sgd_mnist_protocol import EARLY, Config, Outcome, old_conversion, renyi, short
 from fl_jax.privacy import CONVERSION, Accountant, coverage
 from fl_jax.results import (
     Column,
@@ -73,7 +73,7 @@ def accuracy_table(config: Config, outcomes: Outcomes) -> Table:
         row["published"] = Missing(_UNPUBLISHED) if published is None else 100 * published
         rows.append(row)
     columns = [
-        Column("setting", "", right=False), Column("rate", "rate", "{:g}".format), Column("clip", "clip", "{:g}".format),
+        Column("setting", "", right=False), Column("rate", "rate", short), Column("clip", "clip", short),
         Column("steps", "steps", "{:,}".format), Column("published", "published", number(1)), Column("here", "here", _percent),
         Column("seeds", "by seed"), Column("share", "% clipped", number(0)),
     ]
@@ -93,8 +93,9 @@ def epsilon_table(config: Config, private: Sequence[Outcome]) -> Table:
             "old": outcome.old(config).max(), "today": outcome.spent(config).max(),
             "pld": outcome.spent(config, Accountant.PLD).max()})
     columns = [
-        Column("setting", "", right=False), Column("noise", "noise / clip", "{:g}".format),
-        Column("steps", "steps", "{:,}".format), Column("published", "published", number(2)), Column("old", "old conversion", number(4)),
+        Column("setting", "", right=False), Column("noise", "noise / clip", short),
+        Column("steps", "steps", "{:,}".format), Column("published", "published", number(2)),
+        Column("old", "old conversion", number(4)),
         Column("today", "today's, of the ledger", number(4)), Column("pld", "PLD, of the ledger", number(4)),
     ]
     return comparison_table(
@@ -110,7 +111,8 @@ def reading(config: Config, outcomes: Outcomes) -> list[str]:
                 outcome.old(config), outcome.spent(config), outcome.spent(config, Accountant.PLD)))
             sentences.append(
                 f"{outcome.name}: epsilon {old:.3f} by the old conversion is {today:.3f} by today's, "
-                f"{100 * (1 - today / old):.0f} % less, and {pld:.3f} by privacy loss distributions: the same steps, noise and samples.")
+                f"{100 * (1 - today / old):.0f} % less, and {pld:.3f} by privacy loss distributions: the same steps, noise and "
+                "samples.")
     without = outcomes.get("plain")
     if without is not None:
         best = without.accuracy().mean()
@@ -123,8 +125,8 @@ def reading(config: Config, outcomes: Outcomes) -> list[str]:
         sentences.append(_without_clip(*pair))
     if any(outcome.ledgers for outcome in outcomes.values()):
         sentences += [
-            ("Samples are drawn by Poisson, as the accounting has it; the reference's are shuffled batches of a fixed size, which it "
-             "accounts for as if they were Poisson samples."),
+            ("Samples are drawn by Poisson, as the accounting has it; the reference's are shuffled batches of a fixed size, which "
+             "it accounts for as if they were Poisson samples."),
             (f"Today's: {CONVERSION[Accountant.RDP]}. Old: divergence + log(1 / delta) / (order - 1), the least over the same "
              "orders."),
             ("Initial weights are not published: here of variance 1 / inputs; the reference's script leaves them to Keras "
@@ -135,10 +137,10 @@ def reading(config: Config, outcomes: Outcomes) -> list[str]:
 def _without_clip(private: Outcome, plain: Outcome) -> str:
     values = plain.accuracy()
     lost = int((values < COLLAPSED).sum())
-    same = f"The strict setting's learning rate, {plain.setting.rate:g}, without noise and clip: "
+    same = f"The strict setting's learning rate, {short(plain.setting.rate)}, without noise and clip: "
     if lost:
-        return same + (f"{lost} of {len(values)} runs end below {100 * COLLAPSED:.0f} %, since nothing bounds a step: it is the clip "
-                       "that makes this rate usable.")
+        return same + (f"{lost} of {len(values)} runs end below {100 * COLLAPSED:.0f} %, since nothing bounds a step: it is the "
+                       "clip that makes this rate usable.")
     more = 100 * (values.mean() - private.accuracy().mean())
     return same + f"{100 * values.mean():.2f} %, {more:.2f} points more than with them."
 
@@ -169,7 +171,7 @@ def figure_of_epochs(config: Config, outcomes: Outcomes) -> Figure:
     """A panel a setting: each seed's test accuracy over epochs, the mean with its band, and what is published."""
     shown = [outcome for field, outcome in outcomes.items() if field != "strict_plain" or "strict" not in outcomes]
     figure = Figure(figsize=(1.2 + 2.6 * len(shown), 3.1), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    panels, of_one_run = figure.subplots(1, len(shown), squeeze=False)[0], False
     for axes, outcome in zip(panels, shown, strict=True):
         low = _draw_over_epochs(axes, outcome, PALETTE[0] if outcome.ledgers else _GREY)
         if outcome.problem.field == "strict" and "strict_plain" in outcomes:
@@ -180,6 +182,7 @@ def figure_of_epochs(config: Config, outcomes: Outcomes) -> Figure:
         if outcome.problem.field == "default":
             early = {epoch: of.accuracy for epoch, of in EARLY.items()
                      if epoch <= outcome.setting.epochs and (of.accuracy or 0) > low}
+            of_one_run = bool(early)
             axes.plot([*early], [*early.values()], "D", color=PALETTE[1], markersize=4.5)
         _dress(axes, outcome.name, "epochs")
         axes.set_ylim(low, 1.0)
@@ -190,7 +193,7 @@ def figure_of_epochs(config: Config, outcomes: Outcomes) -> Figure:
     if any(not outcome.ledgers for outcome in outcomes.values()):
         panels[0].plot([], [], color=_GREY, linewidth=1.5, label="neither clipped nor noised")
     panels[0].plot([], [], color=PALETTE[1], linewidth=1.2, linestyle=(0, (5, 1.5)), label="published, after the last step")
-    if "default" in outcomes:
+    if of_one_run:
         panels[0].plot([], [], "D", color=PALETTE[1], markersize=4.5, label="published, of one run")
     figure.legend(loc="outside upper center", ncols=4 if len(shown) > 2 else len(shown), frameon=False, fontsize=8)
     return figure
@@ -257,7 +260,8 @@ def figure_of_epsilon(config: Config, private: Sequence[Outcome]) -> Figure:
         ({"color": _GREY, "linewidth": 1.6}, "line and dot: RDP, today's conversion"),
         ({"color": _GREY, "linewidth": 0.9, "linestyle": (0, (4, 2))}, "dashes and square: RDP, old conversion"),
         ({"color": _GREY, "linestyle": "", "marker": "^", "markersize": 5}, "triangle: PLD"),
-        ({"color": "black", "linestyle": "", "marker": "D", "markersize": 7, "markerfacecolor": "none"}, "published, old conversion"),
+        ({"color": "black", "linestyle": "", "marker": "D", "markersize": 7, "markerfacecolor": "none"},
+         "published, old conversion"),
     ]
     for style, label in styles:
         axes.plot([], [], label=label, **style)

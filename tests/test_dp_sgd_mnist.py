@@ -275,7 +275,7 @@ def test_plain_settings_promise_nothing_and_learn(study):
         last = rows_of(run, name, "accuracy", "test")
         assert last[last["round"] == 2]["value"].min() > 0.6  # of four classes
     names = [verdict.claim.claim for verdict in read_claims(run.path / "claims.json")]
-    assert names[6:] == ["no privacy, rate 0.5, 4 epochs: test accuracy"]
+    assert names[6:] == ["no privacy, rate .5, 4 epochs: test accuracy"]
 
 
 def test_the_report_has_figures_and_says_what_epsilon_is_not_about(study):
