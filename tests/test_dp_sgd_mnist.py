@@ -29,7 +29,7 @@ from experiments.dp_sgd_mnist_protocol import (
     steps_of,
     todays_conversion,
 )
-from fl_jax import data, models
+from fl_jax import models
 from fl_jax.core import site_keys
 from fl_jax.data import Source
 from fl_jax.errors import FlJaxError
@@ -298,9 +298,6 @@ def test_a_setting_that_makes_no_sense_is_one_sentence(change, words):
 
 
 @pytest.mark.slow
-def test_the_quick_form_reaches_its_bars(published_data, tmp_path):
-    folder = published_data("mnist")
-    config = dataclasses.replace(Config.quick_defaults(), out=tmp_path / "run")
-    dp_sgd_mnist.run(config, lambda split: data.mnist(split, data_dir=folder))
-    verdicts = read_claims(config.out / "claims.json")
+def test_the_quick_form_reaches_its_bars(quick_form):
+    verdicts = read_claims(quick_form("dp_sgd_mnist", "mnist") / "claims.json")
     assert len(verdicts) == 3 and not any(verdict.broken for verdict in verdicts), verdicts
