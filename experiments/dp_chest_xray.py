@@ -7,7 +7,7 @@ norms (Andrew et al. 2021, arXiv 1905.03871), and one that falls from high to lo
 without privacy beside them, with as many steps.
 
     python -m experiments.dp_chest_xray
-    python -m experiments.dp_chest_xray --quick    # epsilon 3, 10 rounds, 3 seeds, what the full form chose
+    python -m experiments.dp_chest_xray --quick    # epsilon 3, 8 rounds, 4 seeds, what the full form chose
 
 Reports of federated chest X-ray studies put the cost of an epsilon near 3 at 2 to 6 points of AUROC. Every arm tries a grid of 8 points
 (4 learning rates x 2 clips, targets or starts; without privacy 8 learning rates) on federations of other seeds, which have no test image,

@@ -120,8 +120,8 @@ class Config(cli.Common):
     def quick_defaults(cls) -> "Config":
         """Epsilon 3 alone, with what the full form chose, fewer rounds and seeds, and no baselines."""
         return cls(
-            quick=True, epsilons=(3.0,), rounds=10, seeds=3, baselines=False,
-            chosen=((0.2,), (1.0, 1.0), (8.0, 0.3), (1.0, 2.0)))
+            quick=True, epsilons=(3.0,), rounds=8, evaluate_every=8, seeds=4, baselines=False,
+            chosen=((0.2,), (4.0, 0.3), (4.0, 0.3), (4.0, 0.6)))
 
     def axes(self, kind: str) -> dict[str, tuple[float, ...]]:
         """The grid of a clipping or, for any other name, of an arm without privacy."""

@@ -62,6 +62,15 @@ ASKED = 3.0
 POINT = 0.01
 """A point of AUROC."""
 _PRACTICE = "reports of federated chest X-ray studies"
+_CAUSES: Mapping[str, str] = {
+    QUANTILE: (
+        "at epsilon 3 clip and noise cost 2.1 points in all, of which the bound that follows a quantile wins half a point (on the "
+        "validation images of ten other seeds -1.6 [-5.4, 2.1]); at epsilon 1, where they cost 8.3, it wins 4.1 [1.6, 6.7]"),
+    SCHEDULED: (
+        "at epsilon 3 clip and noise cost 2.1 points in all on the 624 test images; on the validation images of ten other seeds they cost 2.8, and "
+        "there the schedule is .85 [.15, 1.55] ahead; at epsilon 1, where they cost 8.3 on test images, it wins 5.2 [1.5, 8.9]"),
+}
+"""Why adaptive clipping does not win a whole point where the question asks, as found with other seeds and other budgets."""
 _MARKERS = ("o", "s", "^")
 _difference = with_bounds(signed())
 Law = Callable[["Measured"], npt.NDArray[np.float64]]
@@ -84,7 +93,7 @@ def _stated(config: Config) -> Iterator[tuple[Claim, Law]]:
     if config.quick:
         yield Claim(
             f"AUROC that ε {ASKED:g} costs, constant clip", "own bar", 0.08, Direction.WITHIN, 0.08,
-            "a third of the rounds, so that neither model has converged: noise must cost something, and at most .16, where half "
+            "a quarter of the rounds, so that neither model has converged: noise must cost something, and at most .16, where half "
             "of what was learnt would be left of an AUROC of .82", quick=True), minus(NO_DP, asked)
         yield Claim(
             f"AUROC, constant clip, ε {ASKED:g}", "own bar", 0.75, Direction.AT_LEAST, 0.0,
@@ -98,7 +107,8 @@ def _stated(config: Config) -> Iterator[tuple[Claim, Law]]:
         for kind in (QUANTILE, SCHEDULED):
             yield Claim(
                 f"{kind} minus constant clip, ε {ASKED:g}", _PRACTICE, POINT, Direction.AT_LEAST, 0.0,
-                "a point won back is told of practice; paired by seed", ), minus(arm_name(kind, ASKED), asked)
+                "a point won back is told of practice; paired by seed", expected=False, cause=_CAUSES[kind],
+            ), minus(arm_name(kind, ASKED), asked)
     if not config.quick:
         for less, more in itertools.pairwise(ladder):
             yield Claim(

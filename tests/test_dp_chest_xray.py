@@ -35,7 +35,7 @@ from experiments.dp_chest_xray_protocol import (
 )
 from experiments.dp_chest_xray_report import claims
 from fl_jax import models
-from fl_jax.data import Source, pneumonia_mnist
+from fl_jax.data import Source
 from fl_jax.errors import FlJaxError
 from fl_jax.privacy import record_costs
 from fl_jax.results import load_run, read_claims
@@ -248,9 +248,6 @@ def test_the_full_form_claims_what_was_asked_and_the_quick_forms_own_bars_are_ma
 
 
 @pytest.mark.slow
-def test_the_quick_form_holds(published_data, tmp_path):
-    folder = published_data("pneumoniamnist")
-    config = dataclasses.replace(Config.quick_defaults(), out=tmp_path / "run")
-    dp_chest_xray.run(config, lambda split: pneumonia_mnist(split, data_dir=folder))
-    verdicts = read_claims(config.out / "claims.json")
+def test_the_quick_form_holds(quick_form):
+    verdicts = read_claims(quick_form("dp_chest_xray", "pneumoniamnist") / "claims.json")
     assert [verdict.holds for verdict in verdicts] == [True] * 4, verdicts

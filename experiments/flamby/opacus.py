@@ -2,7 +2,7 @@
 
 flamby/dp_example and flamby/strategies at github.com/owkin/FLamby: every hospital calls PrivacyEngine().make_private_with_epsilon
 with epochs=15, max_grad_norm=1.1 and a generator. Opacus takes batches for Poisson samples at rate 1 / (batches of a pass) and
-looks for the noise with which int(15 / rate) steps have the target epsilon, by its RDP accountant (from version 1.3 on by
+looks for the noise with which int(15 / rate) steps have the target epsilon, by its RDP accountant (in later versions by
 another, with less noise). Three things are otherwise in what is then run:
 
 - a hospital makes 1,500 steps; 15 passes are 750 at the largest hospital and 120 at the smallest;
