@@ -17,6 +17,9 @@ An image is in a step by a coin of probability 1/8, at every hospital, and at on
 same at all four but for how rarely a sample is cut. All three clippings have the noise that epsilon needs; of a quantile's a little
 goes into its count.
 
+2 CPU cores that other work shared: full 80 minutes, 55 of processor time. Found, ten seeds, in points of AUROC on the official test
+images: epsilon 10 costs 1.0, 3 costs 2.1 [1.0, 3.2] and 1 costs 8.3 with a constant clip; at epsilon 3 the quantile wins .5 [-.5, 1.5]
+of it back and the schedule .1 [-1.0, 1.2], at epsilon 1 4.1 [1.6, 6.7] and 5.2 [1.5, 8.9].
 Data: `python -m fl_jax.data prepare pneumoniamnist`.
 """
 
