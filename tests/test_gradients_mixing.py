@@ -8,6 +8,7 @@ from flax import nnx
 
 from fl_jax import gradients, models
 from fl_jax.errors import FlJaxError
+from fl_jax.gradients import mixing
 from fl_jax.gradients.mixing import refuse_mixing
 from fl_jax.models import Loss, masked_mean
 from fl_jax.types import Batch, Survival
@@ -128,6 +129,23 @@ def test_words_pixels_and_regression_pass():
     pixels = models.bridge(module, example, models.softmax_cross_entropy, preprocess=models.images_uint8)
     check(pixels, jnp.zeros((7, 5), jnp.uint8))
     check(of(models.LinearCox(), models.squared_error), y=jnp.zeros(7))
+
+
+def test_a_loss_is_checked_once_for_each_shape_whoever_asks_and_another_loss_anew(monkeypatch):
+    calls = []
+    monkeypatch.setattr(mixing, "_mixing_layer", lambda *_: calls.append(1))
+    model, other = of(models.LogisticRegression(3)), of(models.LogisticRegression(3))
+    for one in model, model, model._replace(name="the same loss"):
+        check(one)
+    assert len(calls) == 1
+    check(model, jnp.zeros((7, 6)))
+    check(other)
+    check(model._replace(loss=lambda *a: other.loss(*a)))
+    assert len(calls) == 4
+    monkeypatch.setattr(mixing, "_mixing_layer", lambda *_: "The layer")
+    for _ in range(2):  # what was refused is not remembered as sound
+        with pytest.raises(FlJaxError, match="The layer mixes"):
+            check(model, jnp.zeros((7, 8)))
 
 
 def test_statistics_are_refused_whatever_measures_them(normed_model):

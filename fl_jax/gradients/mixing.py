@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import flax.linen as nn
 import jax
@@ -20,6 +21,8 @@ _INSTEAD = ("so that no gradient belongs to one record alone: take layers that t
 _ROWS = 4
 _DRAWS = 8
 _ROUNDING = 200  # units of the last place of the loss
+_CHECKED: WeakKeyDictionary[Callable[..., Any], set[Any]] = WeakKeyDictionary()
+"""The shapes for which a loss was found to be a mean over records: arms of a study share a model, and a check takes seconds."""
 
 
 class _Seen(NamedTuple):
@@ -45,10 +48,10 @@ def refuse_mixing(model: Model) -> Callable[[PyTree, Batch], None]:
 
     The loss is computed on random records of the batch's shapes: exchanging one record must change the loss by the same whatever
     another record is, and must leave the first record's rows in every linen module as they are, bit for bit. Done once for each
-    shape, with concrete arrays even where the caller is being traced. What it cannot decide (a loss that is not finite on random
-    records) it lets pass: a private gradient is bounded in any case, since its records never meet.
+    loss and shape, with concrete arrays even where the caller is being traced. What it cannot decide (a loss that is not finite on
+    random records) it lets pass: a private gradient is bounded in any case, since its records never meet.
     """
-    checked: set[Any] = set()
+    checked = _CHECKED.setdefault(model.loss, set())
 
     def check(stats: PyTree, batch: Batch) -> None:
         if jax.tree.leaves(stats):
