@@ -1,4 +1,4 @@
-"""What the study of private chest X-rays fixes before it runs: its settings, the hospitals, the arms with their grids, and the noise."""
+"""What the study of private chest X-rays fixes before it runs: settings, hospitals, arms with their grids, noise."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ RATE = "learning rate"
 BOUND: Mapping[str, str] = {CONSTANT: "clip", QUANTILE: "target", SCHEDULED: "start"}
 """What the grid of each clipping has beside the learning rate."""
 NO_CLIP = 1e6
-"""A bound that no gradient reaches: an arm without privacy makes the same steps on the same samples, neither clipped nor noised."""
+"""A bound that no gradient reaches: without privacy an arm makes the same steps on the same samples, neither cut nor noised."""
 SITES = ("Hospital A", "Hospital B", "Hospital C", "Hospital D")
 UNSEEN = "Hospital E"
 FIRST_TUNING_SEED = 1000  # the seeds that are reported are 0, 1, ...
@@ -46,8 +46,8 @@ class Plan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Config(cli.Common):
-    """Chest X-rays at four hospitals under record-level differential privacy: what epsilon costs in AUROC, and whether a clip that moves
-    wins some of it back."""
+    """Chest X-rays at four hospitals under record-level differential privacy: what epsilon costs in AUROC, and whether a clip
+    that moves wins some of it back."""
 
     epsilons: tuple[float, ...] = (10.0, 3.0, 1.0)
     """budgets of an image, descending"""
@@ -114,13 +114,14 @@ class Config(cli.Common):
         if len({*sizes.values()}) > 1 and not self.chosen:
             raise FlJaxError(f"Every arm must have a grid of the same size, but these have {sizes}.")
         if self.chosen and [len(values) for values in self.chosen] != [len(self.axes(plan.kind)) for plan in self.arms]:
-            raise FlJaxError(f"chosen must have a learning rate, and a bound where there is one, for each of {[plan.name for plan in self.arms]}.")
+            names = [plan.name for plan in self.arms]
+            raise FlJaxError(f"chosen must have a learning rate, and a bound where there is one, for each of {names}.")
 
     @classmethod
     def quick_defaults(cls) -> "Config":
         """Epsilon 3 alone, with what the full form chose, fewer rounds and seeds, and no baselines."""
         return cls(
-            quick=True, epsilons=(3.0,), rounds=8, evaluate_every=8, seeds=4, baselines=False,
+            quick=True, epsilons=(3.0,), rounds=10, evaluate_every=10, seeds=4, baselines=False,
             chosen=((0.2,), (4.0, 0.3), (4.0, 0.3), (4.0, 0.6)))
 
     def axes(self, kind: str) -> dict[str, tuple[float, ...]]:
@@ -183,7 +184,8 @@ def _federation(config: Config, seed: int, images: Load, held_out: str) -> Feder
         unseen=Records(other.x, other.y, np.array([0, len(other.y)])) if measured else no_records(own),
         site_names=SITES, unseen_names=(UNSEEN,) if measured else (), num_classes=2, class_names=train.class_names,
         notes=(
-            *train.notes, *other.notes, "Simulated: the hospitals, that is whose image is where, their sizes and their shares of pneumonia.",
+            *train.notes, *other.notes,
+            "Simulated: the hospitals, that is whose image is where, their sizes and their shares of pneumonia.",
             f"{UNSEEN} takes no part in training: the official test images once more, with its calibration."))
     own_scale = np.array([0.0, *[1.0] * len(SITES)])  # the first hospital measures as published; the last one is unseen
     calibration = data.draw_calibration(
@@ -205,8 +207,8 @@ def work_of(config: Config, num_records: int) -> Batches:
 
 
 def noise_of(config: Config, epsilon: float, num_records: int) -> float:
-    """The noise multiplier, in clips, with which an image spends epsilon at most, and hardly less at the largest hospital, whose samples
-    may be cut with the largest probability."""
+    """The noise multiplier, in clips, with which an image spends epsilon at most, and hardly less at the largest hospital, whose
+    samples may be cut with the largest probability."""
     return _noise(config.rate, config.rounds, config.delta, epsilon, int(site_sizes(config, num_records).max()))
 
 
@@ -237,7 +239,8 @@ def arm_of(config: Config, model: Model, plan: Plan, num_records: int, *, name: 
     """A plan for so many training images as an arm. name: what it is called; default: the plan's. own: whether the runs'
     hyper-parameters are those of several arms, by the plan's name."""
     kind = plan.kind
-    work = batches.poisson_epochs(config.rate / len(SITES), 1, num_records) if kind == CENTRALIZED else work_of(config, num_records)
+    pooled = kind == CENTRALIZED
+    work = batches.poisson_epochs(config.rate / len(SITES), 1, num_records) if pooled else work_of(config, num_records)
     noise = 0.0 if plan.epsilon is None else noise_of(config, plan.epsilon, num_records)
     trainer = {LOCAL: algorithms.local_only, CENTRALIZED: algorithms.centralized}.get(kind, algorithms.fedavg)
 
@@ -247,7 +250,7 @@ def arm_of(config: Config, model: Model, plan: Plan, num_records: int, *, name: 
         gradient = gradients.private(model, clip, noise, microbatch=config.microbatch)
         return trainer(model, optax.sgd(values[RATE]), work, gradient=gradient)
 
-    if kind == CENTRALIZED:  # an epoch of all images is as many steps as the four hospitals make together
+    if pooled:  # an epoch of all images is as many steps as the four hospitals make together
         return training.Arm(name or plan.name, build, lambda sites: sampling.everyone(), pooled_train)
     return training.Arm(name or plan.name, build, lambda sites: sampling.everyone())
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
 from experiments.common import rate_grid
 from experiments.common.report import Results, bullets, say_where
+from experiments.dp_chest_xray_figures import auroc_over_epsilon, clip_over_rounds
 from experiments.dp_chest_xray_protocol import (
     ACCOUNTANT,
     BOUND,
@@ -50,7 +50,6 @@ from fl_jax.results import (
     with_bounds,
     with_margin,
 )
-from fl_jax.results.figures import PALETTE
 from fl_jax.statistics import Interval, mean_interval
 from fl_jax.training import Fit
 
@@ -64,14 +63,14 @@ POINT = 0.01
 _PRACTICE = "reports of federated chest X-ray studies"
 _CAUSES: Mapping[str, str] = {
     QUANTILE: (
-        "at epsilon 3 clip and noise cost 2.1 points in all, of which the bound that follows a quantile wins half a point (on the "
-        "validation images of ten other seeds -1.6 [-5.4, 2.1]); at epsilon 1, where they cost 8.3, it wins 4.1 [1.6, 6.7]"),
+        "at epsilon 3 clip and noise cost 2.1 points in all, of which the bound that follows a quantile wins half a point (on "
+        "the validation images of ten other seeds -1.6 [-5.4, 2.1]); at epsilon 1, where they cost 8.3, it wins 4.1 [1.6, 6.7]"),
     SCHEDULED: (
-        "at epsilon 3 clip and noise cost 2.1 points in all on the 624 test images; on the validation images of ten other seeds they cost 2.8, and "
-        "there the schedule is .85 [.15, 1.55] ahead; at epsilon 1, where they cost 8.3 on test images, it wins 5.2 [1.5, 8.9]"),
+        "at epsilon 3 clip and noise cost 2.1 points in all on the 624 test images; on the validation images of ten other seeds "
+        "they cost 2.8, and there the schedule is .85 [.15, 1.55] ahead; at epsilon 1, where they cost 8.3 on test images, it "
+        "wins 5.2 [1.5, 8.9]"),
 }
 """Why adaptive clipping does not win a whole point where the question asks, as found with other seeds and other budgets."""
-_MARKERS = ("o", "s", "^")
 _difference = with_bounds(signed())
 Law = Callable[["Measured"], npt.NDArray[np.float64]]
 Chosen = Mapping[str, Mapping[str, float]]
@@ -93,12 +92,12 @@ def _stated(config: Config) -> Iterator[tuple[Claim, Law]]:
     if config.quick:
         yield Claim(
             f"AUROC that ε {ASKED:g} costs, constant clip", "own bar", 0.08, Direction.WITHIN, 0.08,
-            "a quarter of the rounds, so that neither model has converged: noise must cost something, and at most .16, where half "
+            "a third of the rounds, so that neither model has converged: noise must cost something, and at most .16, where half "
             "of what was learnt would be left of an AUROC of .82", quick=True), minus(NO_DP, asked)
         yield Claim(
             f"AUROC, constant clip, ε {ASKED:g}", "own bar", 0.75, Direction.AT_LEAST, 0.0,
-            "an untrained network has .5 and, with the noise of a tenth of the batch, one that is trained has hardly more", quick=True,
-        ), lambda measured: measured.auroc(asked)
+            "an untrained network has .5 and, with the noise of a tenth of the batch, one that is trained has hardly more",
+            quick=True), lambda measured: measured.auroc(asked)
     elif ASKED in config.epsilons:
         yield Claim(
             f"AUROC that ε {ASKED:g} costs, constant clip", _PRACTICE, 4 * POINT, Direction.WITHIN, 2 * POINT,
@@ -124,7 +123,8 @@ def _stated(config: Config) -> Iterator[tuple[Claim, Law]]:
 
 
 def conclude(
-    folder: RunFolder, config: Config, dataset: FederatedDataset, tried: Mapping[str, "Tried"], chosen: Chosen, fits: Mapping[str, Fit],
+    folder: RunFolder, config: Config, dataset: FederatedDataset, tried: Mapping[str, "Tried"], chosen: Chosen,
+    fits: Mapping[str, Fit],
 ) -> None:
     """Prints the tables and their reading; writes claims, summary and figures."""
     console, measured = Console(), Measured(config, len(dataset.train.y), tried, chosen, fits)
@@ -134,14 +134,14 @@ def conclude(
     console.print(Text(f"The hospitals of seed 0:\n\n{describe(dataset)}\n"), soft_wrap=True)
     for table in measured.overview(), measured.by_site(), measured.privacy():
         console.print(table, "")
-    console.print(f"Official test images, after round {config.rounds}; mean ± half of the 95 % interval over {config.seeds} seeds (Student t), "
-                  "which draw the hospitals, initial weights, samples and noise; the test images are the same 624 for all. "
-                  "Δ: difference paired by seed.\n", style="dim")
+    console.print(f"Official test images, after round {config.rounds}; mean ± half of the 95 % interval over {config.seeds} "
+                  "seeds (Student t), which draw the hospitals, initial weights, samples and noise; the test images are the same 624 "
+                  "for all. Δ: difference paired by seed.\n", style="dim")
     console.print(Rule("Reading", align="left"), bullets(measured.reading()), "", claims_table(verdicts, "Claims"))
     shown = [NO_DP, *(arm_name(kind, measured.shown) for kind in KINDS)]
     shown += [LOCAL] if LOCAL in fits else []
-    folder.save_figure("auroc_over_epsilon", measured.figure_of_epsilon())
-    folder.save_figure("clip_over_rounds", measured.figure_of_clips())
+    folder.save_figure("auroc_over_epsilon", auroc_over_epsilon(measured))
+    folder.save_figure("clip_over_rounds", clip_over_rounds(measured))
     folder.save_figure("auroc_per_site", per_site(measured.results.metrics, "auroc", arms=shown, bounds=(0.0, 1.0), width=7.0))
     folder.write_summary(measured.summary() | {"notes": list(dataset.notes)})
     say_where(console, folder, f"{config.seeds} seeds")
@@ -150,16 +150,19 @@ def conclude(
 class Measured:
     """The test AUROC of all arms and their ledgers, and what follows from them."""
 
-    def __init__(self, config: Config, num_records: int, tried: Mapping[str, "Tried"], chosen: Chosen, fits: Mapping[str, Fit]) -> None:
+    def __init__(
+        self, config: Config, num_records: int, tried: Mapping[str, "Tried"], chosen: Chosen, fits: Mapping[str, Fit]
+    ) -> None:
         self.config, self.num_records, self.tried, self.chosen, self.fits = config, num_records, tried, chosen, fits
         self.results = Results(pd.concat([fit.rows for fit in fits.values()], ignore_index=True))
         self.private = [plan for plan in config.arms if plan.epsilon is not None]
         self.shown = ASKED if ASKED in config.epsilons else config.epsilons[0]
+        self._known: dict[Any, dict[str | None, float]] = {}
         self.epsilons = {plan.name: self._epsilons(plan.name) for plan in self.private}
 
     def _epsilons(self, arm: str) -> list[dict[str | None, float]]:
         """Of each seed, by hospital; equal ledgers are computed once."""
-        known: dict[Any, dict[str | None, float]] = {}
+        known = self._known
         for (ledger,) in self.fits[arm].ledgers:
             if ledger not in known:
                 known[ledger] = ledger.epsilons(self.config.delta, ACCOUNTANT)
@@ -194,8 +197,9 @@ class Measured:
         margin = with_margin()
         columns = [
             Column("arm", "", right=False), Column("rate", RATE, "{:g}".format), Column("bound", "bound", right=False),
-            Column("validation", "validation", number()), Column("all", "all test images", margin), Column("mean", "mean of sites", margin),
-            Column("worst", "worst site", margin), Column(UNSEEN, "unseen site", margin), Column("cost", "Δ no DP", _difference)]
+            Column("validation", "validation", number()), Column("all", "all test images", margin),
+            Column("mean", "mean of sites", margin), Column("worst", "worst site", margin),
+            Column(UNSEEN, "unseen site", margin), Column("cost", "Δ no DP", _difference)]
         return comparison_table(rows, columns, "AUROC")
 
     def by_site(self) -> Table:
@@ -216,7 +220,8 @@ class Measured:
                          "clipped": self._round_metric(plan.name, "records_clipped")})
         columns = [
             Column("arm", "", right=False), Column("noise", "noise in clips", number()), Column("sum", "of the sum", number()),
-            *(Column(site, f"ε, {site}", "{:.4f}".format) for site in SITES), Column("clipped", "gradients clipped", "{:.0%}".format)]
+            *(Column(site, f"ε, {site}", "{:.4f}".format) for site in SITES),
+            Column("clipped", "gradients clipped", "{:.0%}".format)]
         return comparison_table(rows, columns, f"Privacy of an image after {self.config.rounds} rounds, δ {self.config.delta:g}")
 
     def _round_metric(self, arm: str, metric: str) -> float:
@@ -228,8 +233,10 @@ class Measured:
         points = signed(1)
         sentences = []
         for epsilon in self.config.epsilons:
-            cost = mean_interval(100 * self.difference(arm_name(CONSTANT, epsilon), NO_DP))
-            gains = {kind: mean_interval(100 * self.difference(arm_name(kind, epsilon), arm_name(CONSTANT, epsilon))) for kind in (QUANTILE, SCHEDULED)}
+            constant = arm_name(CONSTANT, epsilon)
+            cost = mean_interval(100 * self.difference(constant, NO_DP))
+            gains = {kind: mean_interval(100 * self.difference(arm_name(kind, epsilon), constant))
+                     for kind in (QUANTILE, SCHEDULED)}
             parts = [f"{kind} {with_bounds(points)(gain)} {_told(gain)}" for kind, gain in gains.items()]
             sentences.append(f"ε {epsilon:g}, in points of AUROC: the constant clip against no DP {with_bounds(points)(cost)}; "
                              f"against the constant clip {'; '.join(parts)}.")
@@ -245,13 +252,14 @@ class Measured:
         ledger = self.fits[self.private[0].name].ledgers[0][0]
         sentences += coverage(ledger)
         sentences.append(
-            "An image is at one hospital, so that the hospitals' epsilons do not add up: the worst counts. It hides an image, not a child, of "
-            "whom there may be several; which are of one child is not published.")
+            "An image is at one hospital, so that the hospitals' epsilons do not add up: the worst counts. It hides an image, "
+            "not a child, of whom there may be several; which are of one child is not published.")
         if self.tried:
             scores = self.tried[self.private[0].name].scores
             sentences.append(
-                f"Each arm's hyper-parameters are the best of {len(scores)} by the AUROC of validation images, without noise: this leaks of "
-                f"those, and of the training images what {scores.size} private runs and not one may leak. It is said here, and not counted.")
+                f"Each arm's hyper-parameters are the best of {len(scores)} by the AUROC of validation images, without noise: "
+                f"this leaks of those, and of the training images what {scores.size} private runs and not one may leak. It is said "
+                "here, and not counted.")
         sentences.append(f"Epsilon is by {CONVERSION[ACCOUNTANT]}.")
         return sentences
 
@@ -260,7 +268,8 @@ class Measured:
         found: dict[str, Any] = {}
         for plan in self.config.arms:
             own: dict[str, Any] = {"chosen": dict(self.chosen[plan.name])}
-            own["test"] = {site: self.results.interval(plan.name, "test", site, "auroc")._asdict() for site in ("all", "mean", "worst", *SITES)}
+            own["test"] = {site: self.results.interval(plan.name, "test", site, "auroc")._asdict()
+                           for site in ("all", "mean", "worst", *SITES)}
             own["unseen"] = self.results.interval(plan.name, "unseen", UNSEEN, "auroc")._asdict()
             own["minus_no_dp"] = mean_interval(self.difference(plan.name, NO_DP))._asdict()
             if plan.epsilon is not None:
@@ -269,60 +278,11 @@ class Measured:
                 own["noise_multiplier"] = noise_of(self.config, plan.epsilon, self.num_records)
             if plan.name in self.tried:
                 axes, scores, choice = self.tried[plan.name]
-                own["grid"] = [{**point, "validation": values.tolist()} for point, values in zip(rate_grid.points(axes), scores, strict=True)]
+                own["grid"] = [{**point, "validation": values.tolist()}
+                               for point, values in zip(rate_grid.points(axes), scores, strict=True)]
                 own["edges"] = list(choice.edges)
             found[plan.name] = own
         return {"delta": self.config.delta, "arms": found, "reading": self.reading()}
-
-    def figure_of_epsilon(self) -> Figure:
-        """AUROC of all test images over epsilon for each clipping, and without privacy."""
-        figure, axes = _panel("ε of an image", "AUROC of all test images")
-        plain = self._drawn(NO_DP)
-        axes.axhspan(plain.low, plain.high, color="#DDDDDD", linewidth=0)
-        axes.axhline(plain.mean, color="#555555", linewidth=1.0, linestyle="--", label=NO_DP)
-        for i, kind in enumerate(KINDS):
-            x = np.array(self.config.epsilons) * 1.04 ** (i - 1)  # side by side
-            found = [self._drawn(arm_name(kind, epsilon)) for epsilon in self.config.epsilons]
-            mean = np.array([one.mean for one in found])
-            margins = np.abs(np.array([[one.low, one.high] for one in found]).T - mean)
-            axes.errorbar(x, mean, margins, color=PALETTE[i], marker=_MARKERS[i], markersize=5, linewidth=1.4, capsize=2, label=kind)
-        axes.set_xscale("log")
-        axes.set_xticks(self.config.epsilons, [f"{epsilon:g}" for epsilon in self.config.epsilons])
-        axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
-        _caption(figure, f"mean and 95 % confidence interval of {self.config.seeds} seeds")
-        return figure
-
-    def _drawn(self, arm: str) -> Interval:
-        return mean_interval(self.auroc(arm), bounds=(0.0, 1.0))
-
-    def figure_of_clips(self) -> Figure:
-        """The bound of each clipping over rounds, on a logarithmic axis."""
-        figure, axes = _panel("round", "bound on the norm of a gradient")
-        for i, kind in enumerate(KINDS):
-            rows = select(self.results.metrics, "record_clip", "round", "all", [arm_name(kind, self.shown)])
-            over = rows.groupby("round")["value"].agg(["mean", "min", "max"])
-            axes.fill_between(over.index, over["min"], over["max"], color=PALETTE[i], alpha=0.16, linewidth=0)
-            axes.plot(over.index, over["mean"], color=PALETTE[i], linewidth=1.6, marker=_MARKERS[i], markersize=3, label=kind)
-        axes.set_yscale("log")
-        axes.legend(frameon=False, fontsize=9)
-        _caption(figure, f"ε {self.shown:g}; mean over hospitals and a round's steps, line: mean of {self.config.seeds} seeds, band: least to largest")
-        return figure
-
-
-def _panel(x: str, y: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    axes.tick_params(labelsize=9)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    return figure, axes
-
-
-def _caption(figure: Figure, text: str) -> None:
-    figure.supxlabel(text, fontsize=7.5, color="#555555", x=0.01, ha="left")
 
 
 def _told(gain: Interval) -> str:

@@ -109,7 +109,8 @@ def test_parts_without_records_are_left_out_and_change_nothing(model, params):
     """Side by side, batches that end in different parts: none, the first, within a part, and behind a part of padding."""
     batch, gradient = a_batch(), [gradients.private(model, CLIP, 0.0, microbatch=size) for size in (None, 2)]
     masks = jnp.array([[0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]], jnp.float32)
-    whole, parts = (jax.jit(jax.vmap(lambda mask, one=one: one.compute(KEY, (), params, {}, batch._replace(mask=mask))))(masks) for one in gradient)
+    whole, parts = (jax.jit(jax.vmap(lambda mask, one=one: one.compute(KEY, (), params, {}, batch._replace(mask=mask))))(masks)
+                    for one in gradient)
     close(parts, whole)
     assert not any(np.asarray(leaf)[0].any() for leaf in jax.tree.leaves(parts[0])) and norm(parts[0]) > 0.1
 

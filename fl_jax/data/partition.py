@@ -210,14 +210,16 @@ def quantity_dirichlet(
 
 
 def case_mix(rng: np.random.Generator, labels: np.ndarray, sizes: np.ndarray, log_odds: np.ndarray) -> np.ndarray:
-    """Binary label skew by design: sites of the given sizes whose odds of class 1 differ by exp(log_odds), records of a class by chance.
+    """Binary label skew by design: sites of the given sizes whose odds of class 1 differ by exp(log_odds), records of a class by
+    chance.
 
-    labels: int[R] of 0 and 1. sizes: int[N] that sum to R. log_odds: float[N], up to a common constant, which is found so that every
-    record has a site. Raises FlJaxError for other labels, sizes that do not sum to R, and lengths that differ.
+    labels: int[R] of 0 and 1. sizes: int[N] that sum to R. log_odds: float[N], up to a common constant, which is found so that
+    every record has a site. Raises FlJaxError for other labels, sizes that do not sum to R, and lengths that differ.
     """
     labels, sizes, log_odds = np.asarray(labels), np.asarray(sizes), np.asarray(log_odds, float)
     if not np.isin(labels, (0, 1)).all() or sizes.shape != log_odds.shape or sizes.sum() != len(labels):
-        raise FlJaxError("A case mix needs labels of 0 and 1, and a size and log-odds for each site, the sizes summing up to the records.")
+        raise FlJaxError(
+            "A case mix needs labels of 0 and 1, and a size and log-odds for each site, the sizes summing up to the records.")
     cases = _cases(sizes, log_odds, int(labels.sum()))
     site = np.empty(len(labels), np.int64)
     for label, counts in ((1, cases), (0, sizes - cases)):

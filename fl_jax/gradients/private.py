@@ -116,8 +116,8 @@ def _mechanism(
 
 
 def _in_parts(part: Callable[..., PyTree], rows: PyTree, size: int) -> PyTree:
-    """The sum of `part` over so many rows at a time, up to the last that holds a record: a Poisson sample has room for many more than
-    it has records. Rows of zeros, which the mask leaves out, fill the last part. rows: [B, ...], the mask last."""
+    """The sum of `part` over so many rows at a time, up to the last that holds a record: a Poisson sample has room for many more
+    than it has records. Rows of zeros, which the mask leaves out, fill the last part. rows: [B, ...], the mask last."""
     missing = -rows[0].shape[0] % size
     filled = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, missing), *((0, 0),) * (leaf.ndim - 1))), rows)
     ends = jnp.where(filled[-1] > 0, jnp.arange(1, len(filled[-1]) + 1, dtype=jnp.int32), 0)
@@ -126,5 +126,5 @@ def _in_parts(part: Callable[..., PyTree], rows: PyTree, size: int) -> PyTree:
         return part(*jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * size, size), filled))
 
     nothing = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(of_part, jnp.int32(0)))
-    return jax.lax.fori_loop(
-        jnp.int32(0), (jnp.max(ends, initial=0) + size - 1) // size, lambda i, total: jax.tree.map(jnp.add, total, of_part(i)), nothing)
+    count = (jnp.max(ends, initial=0) + size - 1) // size
+    return jax.lax.fori_loop(jnp.int32(0), count, lambda i, total: jax.tree.map(jnp.add, total, of_part(i)), nothing)
