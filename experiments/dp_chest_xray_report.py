@@ -135,8 +135,8 @@ def conclude(
     for table in measured.overview(), measured.by_site(), measured.privacy():
         console.print(table, "")
     console.print(f"Official test images, after round {config.rounds}; mean ± half of the 95 % interval over {config.seeds} "
-                  "seeds (Student t), which draw the hospitals, initial weights, samples and noise; the test images are the same 624 "
-                  "for all. Δ: difference paired by seed.\n", style="dim")
+                  "seeds (Student t), which draw the hospitals, initial weights, samples and noise; the test images are the same "
+                  "624 for all. Δ: difference paired by seed.\n", style="dim")
     console.print(Rule("Reading", align="left"), bullets(measured.reading()), "", claims_table(verdicts, "Claims"))
     shown = [NO_DP, *(arm_name(kind, measured.shown) for kind in KINDS)]
     shown += [LOCAL] if LOCAL in fits else []
@@ -258,8 +258,8 @@ class Measured:
             scores = self.tried[self.private[0].name].scores
             sentences.append(
                 f"Each arm's hyper-parameters are the best of {len(scores)} by the AUROC of validation images, without noise: "
-                f"this leaks of those, and of the training images what {scores.size} private runs and not one may leak. It is said "
-                "here, and not counted.")
+                f"this leaks of those, and of the training images what {scores.size} private runs and not one may leak. It is "
+                "said here, and not counted.")
         sentences.append(f"Epsilon is by {CONVERSION[ACCOUNTANT]}.")
         return sentences
 
