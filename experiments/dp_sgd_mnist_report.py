@@ -139,8 +139,9 @@ def _without_clip(private: Outcome, plain: Outcome) -> str:
     lost = int((values < COLLAPSED).sum())
     same = f"The strict setting's learning rate, {short(plain.setting.rate)}, without noise and clip: "
     if lost:
-        return same + (f"{lost} of {len(values)} runs end below {100 * COLLAPSED:.0f} %, since nothing bounds a step: it is the "
-                       "clip that makes this rate usable.")
+        return same + (f"{lost} of {len(values)} runs end below {100 * COLLAPSED:.0f} %, and "
+                       f"{int((private.accuracy() < COLLAPSED).sum())} of {private.setting.seeds} with them. Which of the two keeps the "
+                       "others up was not tried.")
     more = 100 * (values.mean() - private.accuracy().mean())
     return same + f"{100 * values.mean():.2f} %, {more:.2f} points more than with them."
 
@@ -189,7 +190,7 @@ def figure_of_epochs(config: Config, outcomes: Outcomes) -> Figure:
         axes.set_xlim(0, 1.03 * outcome.setting.epochs)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     panels[0].set_ylabel("test accuracy", fontsize=9)
-    panels[0].plot([], [], color=PALETTE[0], linewidth=1.5, label="mean of seeds, 95 % interval")
+    panels[0].plot([], [], color=PALETTE[0], linewidth=1.5, label="mean of seeds, 95 % interval of three or more")
     if any(not outcome.ledgers for outcome in outcomes.values()):
         panels[0].plot([], [], color=_GREY, linewidth=1.5, label="neither clipped nor noised")
     panels[0].plot([], [], color=PALETTE[1], linewidth=1.2, linestyle=(0, (5, 1.5)), label="published, after the last step")
@@ -206,7 +207,8 @@ def _draw_over_epochs(axes: Axes, outcome: Outcome, color: str) -> float:
     for _, one in rows.groupby("seed"):
         axes.plot(one["epochs"], one["value"], color=color, alpha=0.45, linewidth=0.6)
     at, mean, low, high = _band(outcome)
-    axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
+    if outcome.setting.seeds > 2:  # the interval of two is as wide as the panel
+        axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
     axes.plot(at, mean, color=color, linewidth=1.5, marker="o" if len(at) < 4 else None, markersize=3)
     return _lowest(float(mean[2 * len(mean) // 3:].min()))
 
