@@ -177,7 +177,7 @@ def _federation(config: Config, seed: int, images: Load, held_out: str) -> Feder
         return Records(source.x[order], source.y[order], np.concatenate([[0], np.cumsum(sizes)]))
 
     own, rest = dealt(train), dealt(other)
-    empty = no_records(own)._replace(offsets=np.zeros(len(SITES) + 1, np.int64))
+    empty = no_records(own, len(SITES))
     measured = held_out == "test"
     dataset = FederatedDataset(
         name=train.name, train=own, validation=empty if measured else rest, test=rest if measured else empty,

@@ -152,7 +152,7 @@ def choose(config: Config, load: Load) -> dict[str, Chosen]:
     budget also a plan. It sees no test patient. The mean over hospitals, FLamby's metric, would give each of the smallest one's
     few validation patients six times the weight of another's, and has no clear optimum on this grid."""
     seeds = list(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + config.tuning_seeds))
-    splits = [_without_test(load(config.validation, seed)) for seed in seeds]
+    splits = [replace(split, test=no_records(split.train, split.num_sites)) for split in (load(config.validation, seed) for seed in seeds)]
     study = _study(splits)
     axes = {RATE: config.rates}
     runs = _with_starts(rate_grid.rows(axes, training.seeds_of(seeds, stacked=True)), study.model, seeds, splits[0])
@@ -255,11 +255,6 @@ def _study(datasets: Sequence[FederatedDataset]) -> training.Study:
     return training.Study(
         logistic_regression(first.train.x.shape[1]), data.stack(datasets), first.site_names, first.unseen_names, ROUNDS, ROUNDS,
         chunk=CHUNK, metrics={METRIC: CLASSIFICATION[METRIC]}, mesh=sweep.run_mesh())
-
-
-def _without_test(dataset: FederatedDataset) -> FederatedDataset:
-    empty = no_records(dataset.train)._replace(offsets=np.zeros(dataset.num_sites + 1, np.int64))
-    return replace(dataset, test=empty)
 
 
 def _with_starts(runs: training.Runs, model: Model, seeds: Sequence[int], dataset: FederatedDataset) -> training.Runs:

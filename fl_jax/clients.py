@@ -1,6 +1,7 @@
 """What a site does in a round: local training, the one full gradient of FedSGD, and what is done to a message before it leaves. Each is
 written for one site."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ def local_training(
     is_local: which leaves stay at the site between rounds, e.g. those of BatchNorm (fl_jax.norms); they train like the others.
     Metrics: the oracle's, as means over the records seen while training, and "records".
     """
-    stays = _stays(model, is_local)
+    stays = by_path(model, is_local)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(variables: Variables) -> tuple[Variables, Kept]:
@@ -183,7 +184,7 @@ def _training_metrics(sums: Metrics, records: Array) -> Metrics:
     return {name: value / jnp.maximum(records, 1) for name, value in sums.items()} | {"records": records}
 
 
-def _stays(model: Model, is_local: IsLocal):
+def by_path(model: Model, is_local: IsLocal) -> Callable[[tuple[str, ...]], bool]:
     """is_local as a predicate of a key path alone: the class of the owning module is looked up in the model's table."""
 
     def stays(path: tuple[str, ...]) -> bool:

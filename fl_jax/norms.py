@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax
 from flax import linen, nnx
 
+from fl_jax import trees
 from fl_jax.clients import nothing_local
 from fl_jax.errors import FlJaxError
-from fl_jax.types import IsLocal, PyTree, Variables
+from fl_jax.types import IsLocal, PyTree
 
 BATCH_NORMS = (linen.BatchNorm, nnx.BatchNorm)
 
@@ -42,7 +43,7 @@ LOCAL = NormPolicy("BatchNorm local", _layers)
 
 def refuse_statistics(shared: PyTree) -> None:
     """Raises FlJaxError where statistics of BatchNorm are among what is shared, for messages that get noise."""
-    for node in jax.tree.leaves(shared, is_leaf=lambda node: isinstance(node, Variables)):
-        if isinstance(node, Variables) and jax.tree.leaves(node.stats):
-            raise FlJaxError("BatchNorm statistics cannot be sent with noise, which would turn a variance negative: "
-                             "keep them at the sites (norms.LOCAL or norms.LOCAL_STATISTICS), or use GroupNorm.")
+    measured = trees.by_role(shared, lambda _: False, lambda _: True, lambda _: False)
+    if any(jax.tree.leaves(measured)):
+        raise FlJaxError("BatchNorm statistics cannot be sent with noise, which would turn a variance negative: "
+                         "keep them at the sites (norms.LOCAL or norms.LOCAL_STATISTICS), or use GroupNorm.")

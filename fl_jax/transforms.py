@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fl_jax.types import Array, PyTree, Variables
+from fl_jax import trees
+from fl_jax.types import Array, PyTree
 
 
 def proximal(mu: float | Array) -> optax.GradientTransformationExtraArgs:
@@ -90,11 +91,6 @@ def averaging_statistics(
     """
 
     def labels(tree: PyTree) -> PyTree:
-        def label(node: PyTree) -> PyTree:
-            if isinstance(node, Variables):
-                return Variables(jax.tree.map(lambda _: "optimized", node.params), jax.tree.map(lambda _: "averaged", node.stats))
-            return "others"
-
-        return jax.tree.map(label, tree, is_leaf=lambda node: isinstance(node, Variables))
+        return trees.by_role(tree, lambda _: "optimized", lambda _: "averaged", lambda _: "others")
 
     return optax.partition({"optimized": optimizer, "averaged": optax.sgd(1.0), "others": others or optimizer}, labels)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fl_jax.types import Array, PyTree
+from fl_jax.types import Array, PyTree, Variables, uncompressed
 
 
 def path_of(key_path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -27,6 +27,17 @@ def split(tree: PyTree, predicate: Callable[[tuple[str, ...]], bool]) -> tuple[P
 def merge(first: PyTree, second: PyTree) -> PyTree:
     """The inverse of `split`: takes each leaf from the half that has it."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
+
+
+def by_role(tree: PyTree, params: Callable[[Any], Any], stats: Callable[[Any], Any], others: Callable[[Any], Any]) -> PyTree:
+    """The tree with each leaf mapped by what it is: of the params of a Variables, of its stats, or of no Variables at all."""
+
+    def node(part: PyTree) -> PyTree:
+        if isinstance(part, Variables):
+            return Variables(jax.tree.map(params, part.params), jax.tree.map(stats, part.stats))
+        return others(part)
+
+    return jax.tree.map(node, tree, is_leaf=lambda part: isinstance(part, Variables))
 
 
 def row(tree: PyTree, index: Array) -> PyTree:
@@ -79,4 +90,4 @@ def all_finite(tree: PyTree) -> Array:
 
 def num_bytes(tree: PyTree) -> int:
     """Bytes that the leaves of a tree of arrays or shapes take on the wire."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return uncompressed(tree) // 8

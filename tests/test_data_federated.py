@@ -109,6 +109,11 @@ def test_empty_tables_can_be_gathered_from():
     assert jnp.take(splits.unseen.x, jnp.zeros(3, jnp.int32), axis=0).shape == (3, 2)
 
 
+def test_sites_without_records_are_sites():
+    empty = no_records(records([2, 3]), 2)
+    assert empty.sizes.tolist() == [0, 0] and empty.x.shape == (0, 2) and empty.x.dtype == records([2]).x.dtype
+
+
 def test_device_does_not_alias_the_host():
     data = dataset()
     splits = data.device()

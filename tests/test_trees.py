@@ -80,3 +80,9 @@ def test_bytes_on_the_wire():
     tree = {"a": jnp.zeros((3, 4)), "b": jax.ShapeDtypeStruct((5,), jnp.bfloat16), "c": jnp.int32(0), "none": None}
     assert trees.num_bytes(tree) == 48 + 10 + 4
     assert trees.num_bytes({}) == 0
+
+
+def test_leaves_are_told_apart_by_what_they_are():
+    tree = (Variables({"w": 1, "none": None}, {"mean": 2}), {"c": 3}, [Variables({}, {"var": 4})])
+    found = trees.by_role(tree, lambda leaf: ("param", leaf), lambda leaf: ("stat", leaf), lambda leaf: ("other", leaf))
+    assert found == (Variables({"w": ("param", 1), "none": None}, {"mean": ("stat", 2)}), {"c": ("other", 3)}, [Variables({}, {"var": ("stat", 4)})])

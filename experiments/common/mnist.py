@@ -34,8 +34,7 @@ def to_choose(images: Load, partition: Partition, seed: int, validation: float) 
     validation: e.g. 1/12, which is 5,000 of 60,000. A client keeps the other images for training.
     """
     dataset = _dealt(images, partition, seed, validation)
-    empty = no_records(dataset.train)._replace(offsets=np.zeros(dataset.num_sites + 1, np.int64))
-    return replace(dataset, test=empty)
+    return replace(dataset, test=no_records(dataset.train, dataset.num_sites))
 
 
 def _dealt(images: Load, partition: Partition, seed: int, validation: float) -> FederatedDataset:

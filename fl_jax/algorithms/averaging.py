@@ -15,53 +15,62 @@ Scalar = float | Array
 
 
 class Options(TypedDict, total=False):
-    """What every algorithm here takes by keyword and passes on to `fedavg`."""
+    """What every algorithm here takes by keyword and passes on to `fedavg`.
 
-    aggregator: Aggregator
+    aggregator: by default the mean weighted by the cohort's weights. norms: the BatchNorm policy. gradient: the oracle, by default
+    gradients.plain(model). uplink: what happens to messages before they leave their sites, e.g. uplink.local_dp. engine: how a round is
+    executed.
+    """
+
+    aggregator: Aggregator | None
     norms: NormPolicy
-    gradient: Gradient
-    uplink: Uplink
+    gradient: Gradient | None
+    uplink: Uplink | None
     engine: Engine
 
 
 def fedavg(
     model: Model, optimizer: optax.GradientTransformation, batches: Batches, *, server: optax.GradientTransformation | None = None,
-    aggregator: Aggregator | None = None, norms: NormPolicy = AVERAGED, gradient: Gradient | None = None, uplink: Uplink | None = None,
-    engine: Engine = ONE_LANE,
+    **options: Unpack[Options],
 ) -> FederatedAlgorithm:
     """FedAvg: sites train locally, the server averages (McMahan et al. 2017, "Communication-efficient learning of deep networks from
     decentralized data", Algorithm 1).
 
     optimizer: the sites' optax optimizer, fresh in each round. batches: e.g. batches.epochs(5, 10). server: an optax optimizer of the
-    pseudo-gradient (FedOpt); by default plain averaging. Statistics are averaged whatever the server. aggregator: by default the mean
-    weighted by the cohort's weights. norms: the BatchNorm policy. gradient: the oracle, by default gradients.plain(model). uplink: what
-    happens to messages before they leave their sites, e.g. uplink.local_dp.
+    pseudo-gradient (FedOpt); by default plain averaging. Statistics are averaged whatever the server.
     """
-    options: Options = {"norms": norms, "gradient": gradient or gradients.plain(model)}
-    if uplink is not None:
-        options["uplink"] = uplink
     client = sent_by(local_client(model, optimizer, batches, options), options)
-    server = averaging_statistics(server) if server is not None else optax.sgd(1.0)
-    return federate(client, aggregator or aggregators.mean(), server, engine)
+    return joined(client, options, server=averaging_statistics(server) if server is not None else None)
+
+
+def oracle_of(model: Model, options: Options) -> Gradient:
+    """The gradient oracle of the options, by default the plain one."""
+    return options.get("gradient") or gradients.plain(model)
 
 
 def local_client(model: Model, optimizer: optax.GradientTransformation, batches: Batches, options: Options) -> Client:
     """The client of `fedavg`, before its uplink: for algorithms that add to it."""
-    gradient = options.get("gradient") or gradients.plain(model)
-    return clients.local_training(model, gradient, optimizer, batches, is_local=options.get("norms", AVERAGED).is_local)
+    is_local = options.get("norms", AVERAGED).is_local
+    return clients.local_training(model, oracle_of(model, options), optimizer, batches, is_local=is_local)
 
 
 def sent_by(client: Client, options: Options) -> Client:
     """The client with the uplink of the options, if they have one."""
-    return clients.uplink(client, options["uplink"]) if "uplink" in options else client
+    transform = options.get("uplink")
+    return client if transform is None else clients.uplink(client, transform)
 
 
 def joined(
     client: Client, options: Options, *, aggregator: Aggregator | None = None, server: optax.GradientTransformation | None = None
 ) -> FederatedAlgorithm:
-    """A client with the aggregator (by default the mean) and the engine of the options; server: by default plain averaging."""
-    aggregator = aggregator or options.get("aggregator") or aggregators.mean()
+    """A client with the engine and the aggregator of the options. aggregator: in place of theirs; server: by default plain averaging."""
+    aggregator = aggregator or aggregator_of(options)
     return federate(client, aggregator, server or optax.sgd(1.0), options.get("engine", ONE_LANE))
+
+
+def aggregator_of(options: Options) -> Aggregator:
+    """The aggregator of the options, by default the mean."""
+    return options.get("aggregator") or aggregators.mean()
 
 
 def fedsgd(

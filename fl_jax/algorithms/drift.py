@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from fl_jax import aggregators, corrections
-from fl_jax.algorithms.averaging import Options, Scalar, joined, local_client, sent_by
+from fl_jax.algorithms.averaging import Options, Scalar, aggregator_of, joined, local_client, sent_by
 from fl_jax.corrections import Corrected, Correction
 from fl_jax.transforms import add_term, averaging_statistics, proximal
-from fl_jax.types import Aggregator, Array, Batches, Client, FederatedAlgorithm, Model, PyTree, Variables
+from fl_jax.types import Array, Batches, Client, FederatedAlgorithm, Model, PyTree, Variables
 
 
 def scaffold(
@@ -26,7 +26,8 @@ def scaffold(
     """
     optimizer = optax.chain(add_term(), optax.sgd(learning_rate)) if optimizer is None else optimizer
     client = _corrected(model, optimizer, batches, corrections.control_variates(learning_rate), options)
-    return joined(client, options, aggregator=_with_control(options), server=_of_variables(optax.sgd(server_learning_rate)))
+    server = averaging_statistics(optax.sgd(server_learning_rate), others=optax.sgd(1.0))
+    return joined(client, options, aggregator=aggregators.with_control(aggregator_of(options)), server=server)
 
 
 def feddyn(
@@ -39,7 +40,7 @@ def feddyn(
     """
     optimizer = optax.chain(add_term(), proximal(alpha), optimizer)
     client = _corrected(model, optimizer, batches, corrections.dynamic_regularizer(alpha), options)
-    return joined(client, options, aggregator=_with_control(options), server=_with_memory(alpha))
+    return joined(client, options, aggregator=aggregators.with_control(aggregator_of(options)), server=_with_memory(alpha))
 
 
 def fednova(
@@ -67,15 +68,6 @@ def _corrected(
     model: Model, optimizer: optax.GradientTransformation, batches: Batches, correction: Correction, options: Options
 ) -> Client:
     return sent_by(corrections.corrected(local_client(model, optimizer, batches, options), correction), options)
-
-
-def _with_control(options: Options) -> Aggregator:
-    return aggregators.with_control(options.get("aggregator") or aggregators.mean())
-
-
-def _of_variables(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """A server's optimizer for the parameters; statistics and controls move by what the aggregator says."""
-    return averaging_statistics(optimizer, others=optax.sgd(1.0))
 
 
 def _with_memory(alpha: Scalar) -> optax.GradientTransformationExtraArgs:

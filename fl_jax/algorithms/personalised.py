@@ -5,8 +5,9 @@ from typing import Unpack
 import jax
 import optax
 
-from fl_jax import gradients, personal
-from fl_jax.algorithms.averaging import Options, Scalar, fedavg, joined, local_client, sent_by
+from fl_jax import personal
+from fl_jax.algorithms.averaging import Options, Scalar, fedavg, joined, local_client, oracle_of, sent_by
+from fl_jax.clients import by_path
 from fl_jax.norms import AVERAGED, LOCAL, LOCAL_STATISTICS, NormPolicy
 from fl_jax.transforms import during, proximal
 from fl_jax.trees import path_of
@@ -68,14 +69,10 @@ def fedrep(
     the body. optimizer: of both, each in its own phase.
     """
 
+    is_head = by_path(model, head)
+
     def labels(params: PyTree) -> PyTree:
-        owner = model.modules
-
-        def label(path: tuple[str, ...]) -> str:
-            module = next((owner[path[:n]] for n in range(len(path) - 1, 0, -1) if path[:n] in owner), object)
-            return "head" if head(("params", *path), module) else "body"
-
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: label(path_of(path)), params)
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: "head" if is_head(("params", *path_of(path))) else "body", params)
 
     phases = {"head": during(optimizer, 0.0, head_share), "body": during(optimizer, head_share, 1.0)}
     return fedper(model, optax.partition(phases, labels), batches, head, **options)
@@ -114,9 +111,8 @@ def pfedme(
 
     beta: of the server, w <- (1 - beta) w + beta mean w_i. Each batch costs `inner_steps` gradients.
     """
-    gradient = options.get("gradient") or gradients.plain(model)
     client = sent_by(personal.moreau_envelope(
-        model, gradient, batches, strength=strength, inner_steps=inner_steps, inner_rate=inner_rate, rate=rate), options)
+        model, oracle_of(model, options), batches, strength=strength, inner_steps=inner_steps, inner_rate=inner_rate, rate=rate), options)
     return joined(client, options, server=optax.sgd(beta))
 
 
@@ -129,14 +125,14 @@ def apfl(
 
     alpha_rate: by which alpha follows its own gradient (eq. 10); 0 keeps it. optimizer: of w, by default SGD at the learning rate of v.
     """
-    gradient = options.get("gradient") or gradients.plain(model)
+    gradient = oracle_of(model, options)
     client = local_client(model, optimizer or optax.sgd(learning_rate), batches, options)
     client = sent_by(personal.mixture(client, gradient, alpha=alpha, rate=learning_rate, alpha_rate=alpha_rate), options)
     return joined(client, options)
 
 
 def _own(model: Model, optimizer: optax.GradientTransformation, batches: Batches, options: Options) -> Client:
-    return personal.own_training(model, options.get("gradient") or gradients.plain(model), optimizer, batches)
+    return personal.own_training(model, oracle_of(model, options), optimizer, batches)
 
 
 def _keeping(local: IsLocal, name: str, options: Options) -> Options:

@@ -34,9 +34,9 @@ def take_records(records: Records, rows: np.ndarray, offsets: Sequence[int] | np
     return Records(x, y, np.asarray(offsets, np.int64))
 
 
-def no_records(like: Records) -> Records:
-    """A table of 0 sites whose (missing) records look like those of `like`: what `unseen` is where no site is held out."""
-    return take_records(like, np.zeros(0, np.int64), [0])
+def no_records(like: Records, num_sites: int = 0) -> Records:
+    """A table whose (missing) records look like those of `like`, at so many sites: of none, what `unseen` is where no site is held out."""
+    return take_records(like, np.zeros(0, np.int64), np.zeros(num_sites + 1, np.int64))
 
 
 def sites_of(records: Records, sites: Sequence[int]) -> Records:

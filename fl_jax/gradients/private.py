@@ -28,7 +28,7 @@ from fl_jax.types import Array, Batch, Gradient, Key, Metrics, Model, PyTree
 Noise = Callable[[Key, PyTree], PyTree]
 """(key, tree of arrays) -> independent standard normals, float32, in its structure and shapes; optax.tree.random_like is one."""
 
-CLIPPED = ("records_clipped", "records_nonfinite")
+_METRICS = ("loss", "record_clip", "records_clipped", "records_nonfinite")
 
 
 def private(
@@ -109,10 +109,10 @@ def _mechanism(
             total = jax.tree.map(lambda leaf, z: leaf + deviation * z, total, noise(noise_key, total))
         gradient = jax.tree.map(lambda leaf, like: (leaf / batch.expected).astype(like.dtype), total, params)
         centred = counts["records"] / 2 - counts["records_clipped"]
-        shares = {name: counts[name] / jnp.maximum(counts["records"], 1) for name in ("loss", *CLIPPED)}
+        shares = {name: counts[name] / jnp.maximum(counts["records"], 1) for name in _METRICS if name in counts}
         return gradient, bounds.update(clip_key, state, centred, batch.expected), stats, shares | {"record_clip": bound}
 
-    return Gradient(lambda params: bounds.init(), compute, ("loss", "record_clip", *CLIPPED), event)
+    return Gradient(lambda params: bounds.init(), compute, _METRICS, event)
 
 
 def _in_parts(part: Callable[..., PyTree], rows: PyTree, size: int) -> PyTree:

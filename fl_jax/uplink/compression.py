@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from fl_jax import trees
 from fl_jax.errors import FlJaxError
-from fl_jax.types import Array, Key, Metrics, PyTree, Uplink, Variables
+from fl_jax.types import Array, Key, Metrics, PyTree, Uplink, uncompressed
 
 Rule = Callable[[Key, list[Array]], list[Array]]
 """(key, float32 leaves) -> what arrives of them, in the same shapes."""
@@ -107,7 +107,7 @@ def _compression(rule: Rule, bits: Callable[[list[int]], int], error_feedback: b
 
     def message_bits(shared: PyTree) -> int:
         leaves, rebuild = _compressed(shared)
-        return bits([math.prod(leaf.shape) for leaf in leaves]) + 8 * trees.num_bytes(rebuild([None] * len(leaves)))
+        return bits([math.prod(leaf.shape) for leaf in leaves]) + uncompressed(rebuild([None] * len(leaves)))
 
     return Uplink(init, apply, bits=message_bits)
 
@@ -119,19 +119,11 @@ def _length(leaves: list[Array]) -> Array:
 def _compressed(tree: PyTree) -> tuple[list[Any], Callable[[list[Any]], PyTree]]:
     """The leaves that are compressed, and what puts others in their place (None takes a leaf out)."""
 
-    def parameters(tree: PyTree) -> PyTree:
-        def floating(leaf: Any) -> bool:
-            return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 0
-
-        def label(node: PyTree) -> PyTree:
-            if isinstance(node, Variables):
-                return Variables(jax.tree.map(floating, node.params), jax.tree.map(lambda _: False, node.stats))
-            return floating(node)
-
-        return jax.tree.map(label, tree, is_leaf=lambda node: isinstance(node, Variables))
+    def fits(leaf: Any) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 0
 
     leaves, structure = jax.tree.flatten(tree)
-    chosen = jax.tree.leaves(parameters(tree))
+    chosen = jax.tree.leaves(trees.by_role(tree, fits, lambda _: False, fits))
     places = [i for i, is_chosen in enumerate(chosen) if is_chosen]
 
     def rebuild(new: list[Any]) -> PyTree:
