@@ -37,6 +37,7 @@ import pandas as pd
 from experiments import adaptive_clipping_report
 from experiments.adaptive_clipping_protocol import CLIENT, CLIP, FIXED, MEDIAN, PLAIN, SERVER, bounds, claims
 from experiments.common import cli, mnist, rate_grid
+from experiments.common.config import at_least_one
 from experiments.common.reproduction import Reproduction
 from fl_jax import aggregators, algorithms, batches, clipping, data, models, sampling, sweep, training
 from fl_jax.data import FederatedDataset
@@ -106,9 +107,7 @@ class Config(cli.Common):
     """the round after which the share of updates that are cut is expected to be one half"""
 
     def __post_init__(self) -> None:
-        for name in ("users", "batch_size", "hidden", "rounds", "evaluate_every", "seeds", "tuning_seeds"):
-            if getattr(self, name) < 1:
-                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        at_least_one(self, "users", "batch_size", "hidden", "rounds", "evaluate_every", "seeds", "tuning_seeds")
         if not 0 < self.validation < 1:
             raise FlJaxError(f"validation must be between 0 and 1, and is {self.validation}.")
         if not 0 <= self.settled < self.rounds:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from experiments.adaptive_clipping_protocol import MEDIAN, PLAIN, short
+from experiments.common.figures import GREY, dress
 from fl_jax.results import over_seeds, select
 from fl_jax.results.figures import PALETTE
 from fl_jax.statistics import mean_interval
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from experiments.adaptive_clipping_report import Measured
 
 _ACCURACY = (0.0, 1.0)
-_GREY = "#555555"
 
 
 def by_clip(found: "Measured") -> Figure:
@@ -57,11 +57,11 @@ def over_rounds(found: "Measured") -> Figure:
     for _, one in rows.groupby("seed"):
         left.plot(one["round"], one["value"], color=PALETTE[1], linewidth=0.8, alpha=0.5)
     _line(right, found, MEDIAN, PALETTE[1], 1.8, f"{MEDIAN}{' (left: of each seed)' if found.config.seeds > 1 else ''}")
-    right.axhline(1 - found.config.target, color=_GREY, linewidth=0.8, linestyle=(0, (4, 2)))
+    right.axhline(1 - found.config.target, color=GREY, linewidth=0.8, linestyle=(0, (4, 2)))
     right.set_ylim(-0.02, 1.02)
     for axes in (left, right):
         axes.set_xlim(1, found.config.rounds)
-        axes.axvline(found.config.settled, color=_GREY, linewidth=0.6, linestyle=(0, (1, 2)))
+        axes.axvline(found.config.settled, color=GREY, linewidth=0.6, linestyle=(0, (1, 2)))
     _log(left.yaxis, left.set_yscale, np.array(found.config.clips))
     _legend(figure, right)
     return figure
@@ -77,11 +77,7 @@ def _line(axes: Axes, found: "Measured", name: str, color: str, width: float, la
 
 def _axes(figure: Figure, place: int, x: str, y: str) -> Axes:
     axes = figure.add_subplot(place)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axes.tick_params(labelsize=8)
+    dress(axes, x, y)
     return axes
 
 

@@ -14,6 +14,7 @@ from experiments import adaptive_clipping_figures
 from experiments.adaptive_clipping_protocol import FIXED, MEDIAN, PLAIN, SERVER, bounds, short, stated
 from experiments.common import rate_grid
 from experiments.common.report import Results, bullets, say_where
+from experiments.common.reproduction import judged
 from fl_jax.privacy import Accountant, PrivacyLedger, coverage
 from fl_jax.results import (
     Column,
@@ -23,7 +24,6 @@ from fl_jax.results import (
     claims_table,
     comparison_table,
     curves,
-    judge,
     number,
     select,
     signed,
@@ -46,8 +46,7 @@ def conclude(
 ) -> None:
     """Prints the table and its reading; writes claims, summary and figures."""
     console, found = Console(), Measured(config, rates, tried, metrics, ledgers)
-    pairs = [*stated(config)]
-    verdicts = judge("adaptive_clipping", [claim for claim, _ in pairs], {claim.claim: law(found) for claim, law in pairs})
+    verdicts = judged("adaptive_clipping", stated(config), found)
     folder.write_claims(verdicts)
     reading = found.reading()
     console.print("", found.table(), "", Rule("Reading", align="left"), bullets([*reading, *coverage(ledgers[MEDIAN])]), "",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.common.figures import FAINT, GREY, dress
 from experiments.dp_chest_xray_protocol import KINDS, NO_DP, arm_name
 from fl_jax.results import select
 from fl_jax.results.figures import PALETTE
@@ -20,8 +21,8 @@ def auroc_over_epsilon(measured: "Measured") -> Figure:
     """AUROC of all test images over epsilon for each clipping, and without privacy."""
     figure, axes = _panel("ε of an image", "AUROC of all test images")
     plain = _interval(measured, NO_DP)
-    axes.axhspan(plain.low, plain.high, color="#DDDDDD", linewidth=0)
-    axes.axhline(plain.mean, color="#555555", linewidth=1.0, linestyle="--", label=NO_DP)
+    axes.axhspan(plain.low, plain.high, color=FAINT, linewidth=0)
+    axes.axhline(plain.mean, color=GREY, linewidth=1.0, linestyle="--", label=NO_DP)
     for i, kind in enumerate(KINDS):
         x = np.array(measured.config.epsilons) * 1.04 ** (i - 1)  # side by side
         found = [_interval(measured, arm_name(kind, epsilon)) for epsilon in measured.config.epsilons]
@@ -54,16 +55,12 @@ def clip_over_rounds(measured: "Measured") -> Figure:
 def _panel(x: str, y: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(6.0, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    axes.tick_params(labelsize=9)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    dress(axes, x, y, ticks=9)
     return figure, axes
 
 
 def _caption(figure: Figure, text: str) -> None:
-    figure.supxlabel(text, fontsize=7.5, color="#555555", x=0.01, ha="left")
+    figure.supxlabel(text, fontsize=7.5, color=GREY, x=0.01, ha="left")
 
 
 def _interval(measured: "Measured", arm: str) -> Interval:

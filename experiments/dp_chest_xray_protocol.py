@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from experiments.common import cli, rate_grid
+from experiments.common.config import at_least_one
 from fl_jax import algorithms, batches, clipping, data, gradients, models, sampling, sweep, training
 from fl_jax.data import FederatedDataset, Records, Source, no_records, pneumonia_mnist, pooled_train
 from fl_jax.data.partition import apportion, spread_log_odds
@@ -105,9 +106,7 @@ class Config(cli.Common):
     """hyper-parameters that were chosen before, a tuple for each arm in the order of `arms`; () tries the grids"""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "seeds", "tuning_seeds", "evaluate_every", "microbatch"):
-            if getattr(self, name) < 1:
-                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        at_least_one(self, "rounds", "seeds", "tuning_seeds", "evaluate_every", "microbatch")
         if not self.epsilons or [*self.epsilons] != sorted({*self.epsilons}, reverse=True):
             raise FlJaxError(f"epsilons must descend, and are {list(self.epsilons)}.")
         sizes = {kind: len(rate_grid.points(self.axes(kind))) for kind in (*KINDS, NO_DP)}

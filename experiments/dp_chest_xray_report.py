@@ -13,6 +13,7 @@ from rich.text import Text
 
 from experiments.common import rate_grid
 from experiments.common.report import Results, bullets, say_where
+from experiments.common.reproduction import judged
 from experiments.dp_chest_xray_figures import auroc_over_epsilon, clip_over_rounds
 from experiments.dp_chest_xray_protocol import (
     ACCOUNTANT,
@@ -42,7 +43,6 @@ from fl_jax.results import (
     Table,
     claims_table,
     comparison_table,
-    judge,
     number,
     per_site,
     select,
@@ -128,8 +128,7 @@ def conclude(
 ) -> None:
     """Prints the tables and their reading; writes claims, summary and figures."""
     console, measured = Console(), Measured(config, len(dataset.train.y), tried, chosen, fits)
-    stated = [*_stated(config)]
-    verdicts = judge("dp_chest_xray", [claim for claim, _ in stated], {claim.claim: law(measured) for claim, law in stated})
+    verdicts = judged("dp_chest_xray", _stated(config), measured)
     folder.write_claims(verdicts)
     console.print(Text(f"The hospitals of seed 0:\n\n{describe(dataset)}\n"), soft_wrap=True)
     for table in measured.overview(), measured.by_site(), measured.privacy():

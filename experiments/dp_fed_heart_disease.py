@@ -46,11 +46,11 @@ from experiments.dp_fed_heart_disease_protocol import (
     AS_MANY_STEPS,
     AS_RUN,
     BATCH,
-    EPOCHS,
     EPSILON,
     FEDERATED,
     INTERCEPTS,
     LOCAL,
+    METRIC,
     OWN,
     POOLED,
     PUBLISHED_RATE,
@@ -64,6 +64,9 @@ from experiments.dp_fed_heart_disease_protocol import (
     chosen,
     claims,
     labelled,
+    noises,
+    private,
+    trained,
 )
 from experiments.fed_heart_disease import logistic_regression
 from experiments.flamby import opacus
@@ -77,7 +80,6 @@ from fl_jax.privacy import Accountant, Budget, Guarantee, Unit
 from fl_jax.results import RunFolder
 from fl_jax.types import FederatedAlgorithm, Model, PyTree, Sampling, Sites
 
-METRIC = "accuracy"
 CHUNK = 64  # about as many test patients as a hospital has
 FIRST_TUNING_SEED = 1000  # the starts that are reported are those of seeds 42, 43, ...
 REPRODUCTION = Reproduction(claims, datasets=("fed_heart_disease",))
@@ -125,7 +127,7 @@ def flamby(config: Config, dataset: FederatedDataset) -> dict[str, training.Fit]
     """FLamby's private FedAvg with the noise of each label, as it is run and with a generator at each hospital."""
     study, seeds = _study([dataset]), config.torch_seeds
     work = opacus.passes(UPDATES, BATCH)
-    noise = jnp.asarray([noises(label, dataset) for label in config.pairs], jnp.float32)
+    noise = jnp.asarray([noises(label, dataset.train.sizes) for label in config.pairs], jnp.float32)
     keys = jax.vmap(lambda k: jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), k))(jnp.asarray(seeds)))(
         jnp.arange(2 * len(config.pairs))).reshape(2, -1)
     hyper = {"noise": jnp.repeat(noise, len(seeds), axis=0), "generator": keys[1]}
@@ -140,11 +142,6 @@ def flamby(config: Config, dataset: FederatedDataset) -> dict[str, training.Fit]
 
     variants = [labelled(*label) for label in config.pairs for _ in seeds]
     return training.fit(study, [arm(AS_RUN, True), arm(OWN, False)], seeds * len(config.pairs), runs, variants=variants)
-
-
-def noises(label: tuple[float, float], dataset: FederatedDataset) -> list[float]:
-    """The noise multiplier of each hospital that goes with a label, epsilon and delta."""
-    return [opacus.noise_multiplier(*label, int(size), BATCH, EPOCHS) for size in dataset.train.sizes]
 
 
 def choose(config: Config, load: Load) -> dict[str, Chosen]:
@@ -170,9 +167,9 @@ def choose(config: Config, load: Load) -> dict[str, Chosen]:
         per_budget = np.repeat([calibrated(config, plan, epsilon) for epsilon in config.epsilons], len(config.rates) * len(seeds))
         runs.hyper["noise"] = jnp.asarray(per_budget)
         variants, labels = rate_grid.labels(axes, seeds)
-        arms = [_private(config, study.model, arm, plan, splits) for arm in _private_arms(config)]
+        arms = [_private(config, study.model, arm, plan, splits) for arm in private(config)]
         fits = training.fit(study, arms, labels, runs, variants=variants, may_diverge=True)
-        for arm in _private_arms(config):
+        for arm in private(config):
             name = _planned(arm, plan)
             scores = rate_grid.validation_scores(axes, fits[name].rows, name, METRIC, site="all")
             for epsilon, own in zip(config.epsilons, np.split(scores, len(config.epsilons)), strict=True):
@@ -200,7 +197,7 @@ def within_budgets(config: Config, dataset: FederatedDataset, choices: Choices) 
     wanted: dict[tuple[str, Plan], dict[str, PyTree]] = {}
     for epsilon in config.epsilons:
         ways = {as_many_steps(epsilon): (FEDERATED, AS_MANY_STEPS, PUBLISHED_RATE)}
-        for arm in _private_arms(config):
+        for arm in private(config):
             name = chosen(arm, epsilon)
             plan = choices[name].plan
             assert plan is not None
@@ -290,12 +287,9 @@ def _not_private(config: Config, model: Model) -> list[training.Arm]:
 def _algorithms(config: Config) -> dict[str, Callable[..., FederatedAlgorithm]]:
     """How the hospitals train, together or alone, by name."""
     own = NormPolicy("intercepts stay", lambda path, module: path[-1] == "bias")
-    between = {} if config.quick else {INTERCEPTS: partial(algorithms.fedavg, norms=own)}
-    return {FEDERATED: algorithms.fedavg, **between, LOCAL: algorithms.local_only}
-
-
-def _private_arms(config: Config) -> tuple[str, ...]:
-    return (FEDERATED,) if config.quick else tuple(_algorithms(config))
+    ways: dict[str, Callable[..., FederatedAlgorithm]] = {
+        FEDERATED: algorithms.fedavg, INTERCEPTS: partial(algorithms.fedavg, norms=own), LOCAL: algorithms.local_only}
+    return {name: ways[name] for name in trained(config)}
 
 
 def _planned(arm: str, plan: Plan) -> str:

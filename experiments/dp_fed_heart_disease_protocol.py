@@ -3,12 +3,14 @@ claims."""
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from scipy import stats
 
 from experiments.common import cli
+from experiments.common.config import at_least_one
+from experiments.flamby import opacus
 from experiments.flamby.protocol import FIRST_SEED
 from fl_jax.errors import FlJaxError
 from fl_jax.results import Claim, Direction
@@ -19,8 +21,8 @@ WITHOUT = (0.7125, 0.0238)
 """Mean and standard deviation over FLamby's runs of the mean accuracy over hospitals, without differential privacy."""
 _ONE_INTERCEPT = (
     "between 38 and 100 % of a hospital's training patients are ill, which one intercept for all cannot say: on validation "
-    "patients at epsilon 1 "
-    "FedAvg has .750, local only .787, and FedAvg with each hospital's own intercept .799 (without DP .760, .821, .815)")
+    "patients at epsilon 1 FedAvg has .750, local only .787, and FedAvg with each hospital's own intercept .799 (without DP "
+    ".760, .821, .815)")
 _TEST_PATIENTS = (
     "the bar allows for the choice alone, not for who the 254 test patients are: 3 of them are the difference; on the validation "
     "patients of twenty splits the best of the grid has .757 at epsilon 10 and 3 alike, .750 at 1 and .760 without DP")
@@ -67,6 +69,7 @@ FEDERATED, LOCAL, POOLED = "FedAvg", "local only", "pooled"
 INTERCEPTS = "own intercepts"
 """FedAvg whose hospitals each keep an intercept."""
 AS_RUN, OWN = "as FLamby", "as FLamby, own generators"
+METRIC = "accuracy"
 RATE, EPSILON = "learning rate", "epsilon"
 BATCH, UPDATES, ROUNDS, EPOCHS = 4, 100, 15, 15
 PUBLISHED_RATE = 0.001
@@ -115,9 +118,7 @@ class Config(cli.Common):
     """splits, each with its own initialisation, that choices are made by"""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "tuning_seeds"):
-            if getattr(self, name) < 1:
-                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        at_least_one(self, "seeds", "tuning_seeds")
         unknown = [(e, d) for e in self.labels for d in self.deltas if (e, d) not in PUBLISHED]
         if unknown or not self.labels or not self.deltas:
             raise FlJaxError(
@@ -150,6 +151,21 @@ class Config(cli.Common):
     def torch_seeds(self) -> list[int]:
         """The seeds of the runs."""
         return list(range(FIRST_SEED, FIRST_SEED + self.seeds))
+
+
+def noises(label: tuple[float, float], sizes: Iterable[int]) -> list[float]:
+    """FLamby's noise, in clips, at hospitals of so many training patients, that goes with a label, epsilon and delta."""
+    return [opacus.noise_multiplier(*label, int(size), BATCH, EPOCHS) for size in sizes]
+
+
+def trained(config: Config) -> tuple[str, ...]:
+    """How hospitals train, together or alone."""
+    return (FEDERATED, LOCAL) if config.quick else (FEDERATED, INTERCEPTS, LOCAL)
+
+
+def private(config: Config) -> tuple[str, ...]:
+    """How they train within a budget."""
+    return (FEDERATED,) if config.quick else trained(config)
 
 
 def labelled(epsilon: float, delta: float) -> str:
@@ -243,13 +259,11 @@ def _true() -> Iterator[Claim]:
     yield Claim(
         POISSON_FACTOR, "own bar", 2.8, Direction.AT_LEAST, 0.0,
         "at the smallest hospital 1,500 steps are 12.5 times the 120 that the noise is for: epsilon grows by the root, 3.5, "
-        "where noise is "
-        "much, and by more where it is little; labels are by RDP, a fifth too large where noise is much", digits=1)
+        "where noise is much, and by more where it is little; labels are by RDP, a fifth too large where noise is much", digits=1)
     yield Claim(
         PASSES_FACTOR, "own bar", 20.0, Direction.AT_LEAST, 0.0,
-        "188 passes of Gaussian noise of 45 clips, two clips for a replaced record, are one of mu = .61, whose epsilon is 2.13 "
-        "at 1e-4: 21 "
-        "times the label of .1", digits=1)
+        "188 passes of Gaussian noise of 45 clips, two clips for a replaced record, are one of mu = .61, whose epsilon is "
+        "2.13 at 1e-4: 21 times the label of .1", digits=1)
 
 
 def _honest(config: Config) -> Iterator[Claim]:

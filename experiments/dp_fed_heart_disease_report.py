@@ -1,53 +1,40 @@
 """What the study of differential privacy on Fed-Heart-Disease says: labels and what they stand for, the honest curve, claims,
 figures."""
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.rule import Rule
 
-from experiments.common.report import Results, bullets, say_where
+from experiments import dp_fed_heart_disease_figures as figures
+from experiments.common.report import bullets, say_where
+from experiments.dp_fed_heart_disease_measured import Measured
 from experiments.dp_fed_heart_disease_protocol import (
     AS_RUN,
-    BATCH,
-    EPOCHS,
     FEDERATED,
     INTERCEPTS,
     LOCAL,
-    LOCAL_PAYS,
+    METRIC,
     OWN,
-    PASSES_FACTOR,
-    POISSON_FACTOR,
     POOLED,
     PUBLISHED,
-    ROUNDS,
-    UPDATES,
     WITHOUT,
-    WITHOUT_DP,
     Config,
     as_many_steps,
     at_published_rate,
     chosen,
     claims,
-    cost,
-    costs_at,
-    costs_at_label,
-    gains,
     half_interval,
     labelled,
-    minus_local,
-    spends,
+    private,
+    trained,
 )
 from experiments.flamby import opacus
 from fl_jax.data import FederatedDataset
-from fl_jax.privacy import Accountant, PrivacyLedger, coverage
+from fl_jax.privacy import PrivacyLedger, coverage
 from fl_jax.results import (
     Column,
     RunFolder,
@@ -61,17 +48,13 @@ from fl_jax.results import (
     with_bounds,
     with_margin,
 )
-from fl_jax.results.figures import PALETTE
 from fl_jax.statistics import Interval, mean_interval, paired_difference
 
 if TYPE_CHECKING:
     from experiments.dp_fed_heart_disease import Chosen
 
-METRIC = "accuracy"
 BOUNDS = (0.0, 1.0)
 _points, _plain = with_bounds(signed(1)), with_bounds(number(1))
-_DASH = (0, (4, 2))
-_GREY = "#555555"
 
 
 def conclude(
@@ -86,87 +69,15 @@ def conclude(
         console.print("", table)
     console.print("", Rule("Reading", align="left"), bullets(study.reading()))
     console.print("", Rule("What epsilon covers", align="left"), bullets(study.covered()), "", claims_table(verdicts, "Claims"))
-    folder.save_figure("labels", study.figure_of_labels())
-    folder.save_figure("budgets", study.figure_of_budgets())
+    folder.save_figure("labels", figures.of_labels(study))
+    folder.save_figure("budgets", figures.of_budgets(study))
     folder.save_figure("accuracy_per_site", per_site(metrics, METRIC, arms=study.shown_by_site(), bounds=BOUNDS, width=7.5))
     folder.write_summary(study.summary())
     say_where(console, folder, f"{config.seeds} starts")
 
 
-class Study:
-    """The last round's metrics, the ledgers, what the labels' noise costs, and what follows from them."""
-
-    def __init__(
-        self, config: Config, dataset: FederatedDataset, metrics: pd.DataFrame, choices: "Mapping[str, Chosen]",
-        ledgers: Mapping[str, PrivacyLedger],
-    ) -> None:
-        self.config, self.dataset, self.choices, self.ledgers = config, dataset, choices, ledgers
-        self.results = Results(metrics)
-        sizes = dataset.train.sizes
-        self.largest, self.smallest = int(np.argmax(sizes)), int(np.argmin(sizes))
-
-    def mean(self, arm: str) -> npt.NDArray[np.float64]:
-        """float64[S]: the mean accuracy over hospitals, by start."""
-        return self.results.values(arm, "test", "mean", METRIC)
-
-    def patients(self, arm: str) -> npt.NDArray[np.float64]:
-        """float64[S]: the accuracy over all patients, by start."""
-        return self.results.values(arm, "test", "all", METRIC)
-
-    def lost(self, label: tuple[float, float], arm: str = AS_RUN) -> npt.NDArray[np.float64]:
-        """float64[S]: an arm at a label minus FedAvg without differential privacy, from the same start."""
-        return self.mean(f"{arm}{labelled(*label)}") - self.mean(at_published_rate(FEDERATED))
-
-    @cached_property
-    def noises(self) -> dict[tuple[float, float], list[float]]:
-        """The noise, in clips, of each hospital by label."""
-        sizes = [int(size) for size in self.dataset.train.sizes]
-        return {label: [opacus.noise_multiplier(*label, size, BATCH, EPOCHS) for size in sizes] for label in self.config.pairs}
-
-    @cached_property
-    def spent(self) -> dict[tuple[float, float], list[opacus.Spent]]:
-        """What a label's noise costs at each hospital."""
-        sizes = [int(size) for size in self.dataset.train.sizes]
-        steps = ROUNDS * UPDATES
-        return {
-            label: [opacus.spent(noise, size, BATCH, steps, label[1]) for noise, size in zip(own, sizes, strict=True)]
-            for label, own in self.noises.items()}
-
-    def worst(self, label: tuple[float, float]) -> opacus.Spent:
-        """What a label's noise costs at most, each by its own worst hospital."""
-        return opacus.Spent(*(max(values) for values in zip(*self.spent[label], strict=True)))
-
-    def ledger_epsilon(self, arm: str) -> float:
-        """What an arm has spent, by PLD."""
-        return self.ledgers[arm].epsilon(self.config.delta, Accountant.PLD)
-
-    def cost(self, arm: str, epsilon: float) -> npt.NDArray[np.float64]:
-        """float64[S]: the accuracy over all patients of an arm with what the grid chose without differential privacy, minus that
-        within a budget."""
-        return self.patients(chosen(arm)) - self.patients(chosen(arm, epsilon))
-
-    def measured(self) -> dict[str, Any]:
-        """By the text of each claim what was measured."""
-        config = self.config
-        found: dict[str, Any] = {WITHOUT_DP: self.mean(at_published_rate(FEDERATED))}
-        for epsilon in config.labels:
-            found[costs_at_label(epsilon)] = np.mean([self.lost((epsilon, delta)) for delta in config.deltas], axis=0)
-        found |= {costs_at(*label): self.lost(label) for label in config.pairs}
-        found[POISSON_FACTOR] = [min(self.worst(label).pld / label[0] for label in config.pairs)]
-        found[PASSES_FACTOR] = [min(self.worst(label).passes / label[0] for label in config.pairs)]
-        for epsilon in config.epsilons:
-            for arm in (chosen(FEDERATED, epsilon), as_many_steps(epsilon)):
-                found[spends(arm)] = [self.ledger_epsilon(arm) / epsilon]
-        for less, more in zip(config.epsilons[:-1], config.epsilons[1:], strict=True):
-            found[gains(more, less)] = self.patients(chosen(FEDERATED, more)) - self.patients(chosen(FEDERATED, less))
-        found[cost(config.epsilons[-1])] = self.cost(FEDERATED, config.epsilons[-1])
-        if not config.quick:
-            first = config.epsilons[0]
-            found[LOCAL_PAYS.format(first)] = self.cost(LOCAL, first) - self.cost(FEDERATED, first)
-            for arm in (FEDERATED, INTERCEPTS):
-                found[minus_local(arm, first)] = self.patients(chosen(arm, first)) - self.patients(chosen(LOCAL, first))
-        wanted = {claim.claim for claim in claims(config)}
-        return {text: values for text, values in found.items() if text in wanted}
+class Study(Measured):
+    """What is measured, as tables and sentences."""
 
     def labels(self) -> Table:
         """One row a label: accuracy and what it loses, published and here."""
@@ -209,10 +120,9 @@ class Study:
         ]
         return comparison_table(
             rows, columns,
-            "Epsilon of all 1,500 updates, by PLD: had batches been Poisson samples (add or remove one patient), and of "
-            "the shuffled batches that there are, at the worst hospital (replace one). With one generator at all hospitals, a "
-            "server that "
-            "sees their messages can take the noise away: there is then no epsilon")
+            "Epsilon of all 1,500 updates, by PLD: had batches been Poisson samples (add or remove one patient), and of the "
+            "shuffled batches that there are, at the worst hospital (replace one). With one generator at all hospitals, a "
+            "server that sees their messages can take the noise away: there is then no epsilon")
 
     def _named(self, index: int) -> str:
         return f"{self.dataset.site_names[index]} ({self.dataset.train.sizes[index]})"
@@ -220,7 +130,7 @@ class Study:
     def honest(self) -> Table:
         """One row an arm: plan, rate, ledger, accuracy, and what epsilon costs."""
         config, rows = self.config, []
-        costs = {chosen(arm, e): self.cost(arm, e) for arm in self.private() for e in config.epsilons}
+        costs = {chosen(arm, e): self.cost(arm, e) for arm in private(self.config) for e in config.epsilons}
         slow = self.patients(at_published_rate(FEDERATED))
         costs |= {as_many_steps(e): slow - self.patients(as_many_steps(e)) for e in config.epsilons}
         for arm in self.curve():
@@ -246,26 +156,18 @@ class Study:
             "points over all patients, against the same without DP; valid.: accuracy on validation patients, by which lr, steps "
             "and sampling rate are chosen. At .001: FLamby's learning rate, and its number of steps")
 
-    def trained(self) -> tuple[str, ...]:
-        """How hospitals train."""
-        return (FEDERATED, LOCAL) if self.config.quick else (FEDERATED, INTERCEPTS, LOCAL)
-
-    def private(self) -> tuple[str, ...]:
-        """How they train within a budget."""
-        return (FEDERATED,) if self.config.quick else self.trained()
-
     def curve(self) -> list[str]:
         """The arms of the honest part."""
         epsilons = self.config.epsilons[::-1]
         arms = [at_published_rate(FEDERATED), *(as_many_steps(e) for e in epsilons)]
-        for arm in self.trained():
+        for arm in trained(self.config):
             arms += [chosen(arm), *(chosen(arm, e) for e in epsilons if chosen(arm, e) in self.ledgers)]
         return [*arms, at_published_rate(LOCAL), at_published_rate(POOLED), chosen(POOLED)]
 
     def shown_by_site(self) -> list[str]:
         """The arms of the figure of hospitals."""
         first = self.config.epsilons[0]
-        arms = [name for arm in self.trained() for name in (chosen(arm), chosen(arm, first)) if name in self.choices]
+        arms = [name for arm in trained(self.config) for name in (chosen(arm), chosen(arm, first)) if name in self.choices]
         return [*arms, chosen(POOLED)]
 
     def by_hospital(self) -> Table:
@@ -283,25 +185,21 @@ class Study:
         worst = self.worst(strictest)
         sentences.append(
             f"A label of {strictest[0]:g} at {strictest[1]:g} stands for {worst.pld:.3g} had batches been Poisson samples, "
-            f"{worst.pld / strictest[0]:.1f} times as much, and for {worst.passes:.3g} with the batches that there are. Of all "
-            f"labels the "
-            f"least factor is {min(self.worst(label).pld / label[0] for label in config.pairs):.1f}, at the worst hospital, "
-            f"{self._named(self.smallest)}.")
+            f"{worst.pld / strictest[0]:.1f} times as much, and for {worst.passes:.3g} with the batches that there are. Of "
+            f"all labels the least factor is {min(self.worst(label).pld / label[0] for label in config.pairs):.1f}, at the "
+            f"worst hospital, {self._named(self.smallest)}.")
         shared, own = (mean_interval(self.lost(strictest, arm)) for arm in (AS_RUN, OWN))
         sentences.append(
             f"One seed for all hospitals' noise costs accuracy too: at {strictest[0]:g} and {strictest[1]:g} it is "
-            f"{_signed_bounds(shared)} "
-            f"against no privacy, {_signed_bounds(own)} with a generator of each hospital's own, whose noise averages out; "
-            f"published "
-            f"{signed()(PUBLISHED[strictest].difference)}.")
+            f"{_signed_bounds(shared)} against no privacy, {_signed_bounds(own)} with a generator of each hospital's own, "
+            f"whose noise averages out; published {signed()(PUBLISHED[strictest].difference)}.")
         for epsilon in config.epsilons:
             price = _hundredfold(mean_interval(self.cost(FEDERATED, epsilon)))
             slow = self.patients(as_many_steps(epsilon))
             steps = _hundredfold(paired_difference(self.patients(chosen(FEDERATED, epsilon)), slow))
             sentences.append(
                 f"Epsilon {epsilon:g} at {config.delta:g} costs FedAvg {_plain(price)} points of accuracy over all patients; "
-                f"with FLamby's "
-                f"number of steps and learning rate under the same budget it has {_plain(steps)} fewer.")
+                f"with FLamby's number of steps and learning rate under the same budget it has {_plain(steps)} fewer.")
         if not config.quick:
             first = config.epsilons[0]
             gap, kept = (_hundredfold(paired_difference(self.patients(chosen(LOCAL, e)), self.patients(chosen(FEDERATED, e))))
@@ -309,10 +207,9 @@ class Study:
             own = _hundredfold(paired_difference(self.patients(chosen(INTERCEPTS, first)), self.patients(chosen(LOCAL, first))))
             sentences.append(
                 f"Hospitals alone have {_plain(gap)} points more than FedAvg without privacy and {_plain(kept)} at epsilon "
-                f"{first:g}: their "
-                f"patients are ill in very different shares ({self._shares()}), which one intercept cannot say. With an "
-                f"intercept of each "
-                f"hospital's own, FedAvg at epsilon {first:g} has {_plain(own)} points more than hospitals alone.")
+                f"{first:g}: their patients are ill in very different shares ({self._shares()}), which one intercept cannot "
+                f"say. With an intercept of each hospital's own, FedAvg at epsilon {first:g} has {_plain(own)} points more "
+                "than hospitals alone.")
         scores = [(f"epsilon {e:g}", self.choices[chosen(FEDERATED, e)].score) for e in config.epsilons[::-1]]
         sentences.append(
             f"These intervals are over starts; all have the same {int(self.dataset.test.sizes.sum())} test patients, on whom two "
@@ -347,16 +244,15 @@ class Study:
         expected = self._expected(chosen(FEDERATED, first))
         sentence = (
             f"{self._named(self.smallest)}: at epsilon {first:g} a step's noise is {noise:.1f} clips on the sum of the "
-            f"{expected:.1f} patients "
-            f"that are expected in it, {noise / expected:.1f} clips on their mean, and as much on the sum as anywhere else.")
+            f"{expected:.1f} patients that are expected in it, {noise / expected:.1f} clips on their mean, and as much on the "
+            "sum as anywhere else.")
         if not config.quick:
             together, alone = (own(arm, "test", site, METRIC) for arm in (chosen(FEDERATED, first), chosen(LOCAL, first)))
             without = own(chosen(LOCAL), "test", site, METRIC)
             if isinstance(together, Interval) and isinstance(alone, Interval) and isinstance(without, Interval):
                 sentence += (
                     f" Alone it has {_bounds(alone)} then, {_bounds(without)} without privacy, and in the federation "
-                    f"{_bounds(together)}, on "
-                    f"{self.dataset.test.sizes[self.smallest]} test patients.")
+                    f"{_bounds(together)}, on {self.dataset.test.sizes[self.smallest]} test patients.")
         return [sentence]
 
     def _noise(self, arm: str) -> float:
@@ -377,74 +273,6 @@ class Study:
              "a patient moves them a little and with them every other's gradient, most at the smallest hospital."),
             "Learning rates and plans were chosen by these patients, and initial weights by nobody.",
         ]
-
-    def figure_of_labels(self) -> Figure:
-        """What is lost against the label and against the true epsilon at the worst hospital: published, here, and with own
-        generators."""
-        figure = Figure(figsize=(9.0, 4.0), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        for k, delta in enumerate(self.config.deltas):
-            pairs = [(epsilon, delta) for epsilon in self.config.labels]
-            shift = 1.09 ** (k - (len(self.config.deltas) - 1) / 2)
-            self._losses(left, pairs, [epsilon * shift for epsilon, _ in pairs], PALETTE[k], f"delta {delta:g}")
-            self._losses(right, pairs, [self.worst(label).pld for label in pairs], PALETTE[k], "")
-        left.plot([], [], "D", color=_GREY, markersize=4, label="published, 5 runs")
-        left.plot([], [], "o", color=_GREY, markersize=4, label=f"here, {self.config.seeds} starts")
-        left.plot([], [], "x", color=_GREY, markersize=4, label="own generators")
-        for axes, label in ((left, "epsilon on the label"), (right, "epsilon of 1,500 Poisson steps, worst hospital (PLD)")):
-            axes.set_xscale("log")
-            axes.set_xlabel(label)
-            axes.axhline(0, color=_GREY, linewidth=0.8, linestyle=_DASH)
-            axes.grid(axis="y", color="#E3E3E3", linewidth=0.6)
-            axes.set_axisbelow(True)
-        left.set_ylabel("test accuracy minus that without DP,\nmean over hospitals, with its 95 % interval")
-        figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-        return figure
-
-    def _losses(self, axes: Axes, pairs: Sequence[tuple[float, float]], x: Sequence[float], color: str, label: str) -> None:
-        theirs = [PUBLISHED[pair] for pair in pairs]
-        half = [half_interval(one.deviation) for one in theirs]
-        axes.errorbar(x, [one.difference for one in theirs], half, fmt="D", color=color, markersize=4, linewidth=0.7, alpha=0.75)
-        ours = [mean_interval(self.lost(pair)) for pair in pairs]
-        bars = [(one.high - one.low) / 2 for one in ours]
-        beside = [1.05 * at for at in x]
-        axes.errorbar(beside, [one.mean for one in ours], bars, fmt="o-", color=color, markersize=4, linewidth=1.3)
-        axes.plot(beside, [self.lost(pair, OWN).mean() for pair in pairs], "x", color=color, markersize=5)
-        if label:
-            axes.plot([], [], color=color, linewidth=1.6, label=label)
-
-    def figure_of_budgets(self) -> Figure:
-        """Accuracy within a budget, by epsilon, and without one: of the choice, on validation patients, and on test patients."""
-        figure = Figure(figsize=(9.0, 3.8), layout="constrained")
-        left, axes = figure.subplots(1, 2, sharey=True)
-        epsilons = self.config.epsilons
-        lines = [("FedAvg at .001, 1,500 steps", [as_many_steps(e) for e in epsilons], at_published_rate(FEDERATED))]
-        lines += [(arm, [chosen(arm, e) for e in epsilons], chosen(arm)) for arm in self.private()]
-        places = np.arange(len(epsilons) + 1)
-        for k, (label, arms, without) in enumerate(lines):
-            found = [mean_interval(self.patients(arm)) for arm in (*arms, without)]
-            bars = [(one.high - one.low) / 2 for one in found]
-            at = places + 0.05 * (k - (len(lines) - 1) / 2)
-            means = [one.mean for one in found]
-            axes.errorbar(at[:-1], means[:-1], bars[:-1], fmt="o-", color=PALETTE[k], markersize=4, label=label)
-            axes.errorbar(at[-1:], means[-1:], bars[-1:], fmt="s", color=PALETTE[k], markersize=4.5)
-            if without in self.choices:
-                scores = [self.choices[arm].score for arm in (*arms, without)]
-                left.plot(at[:-1], scores[:-1], "o-", color=PALETTE[k], markersize=4)
-                left.plot(at[-1:], scores[-1:], "s", color=PALETTE[k], markersize=4.5)
-        pooled = self.patients(chosen(POOLED)).mean()
-        axes.axhline(pooled, color=_GREY, linewidth=0.9, linestyle=_DASH, label="pooled, no DP")
-        left.axhline(self.choices[chosen(POOLED)].score, color=_GREY, linewidth=0.9, linestyle=_DASH)
-        left.set_ylabel("accuracy over all patients")
-        left.set_title(f"validation patients, mean of {self.config.tuning_seeds} splits: the best of each grid", fontsize=9)
-        axes.set_title(f"{int(self.dataset.test.sizes.sum())} test patients, with 95 % intervals over starts", fontsize=9)
-        for panel in (left, axes):
-            panel.set_xticks(places, [*(f"{epsilon:g}" for epsilon in epsilons), "no DP"])
-            panel.set_xlabel(f"epsilon at delta {self.config.delta:g}, of the ledger")
-            panel.grid(axis="y", color="#E3E3E3", linewidth=0.6)
-            panel.set_axisbelow(True)
-        figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=8)
-        return figure
 
     def summary(self) -> dict[str, Any]:
         """Intervals of every arm and place, the labels' epsilons, the choices, and the reading."""

@@ -33,13 +33,13 @@ import optax
 
 from experiments import dp_sgd_mnist_report
 from experiments.common import cli, mnist
-from experiments.common.reproduction import Reproduction
+from experiments.common.reproduction import Reproduction, judged
 from experiments.dp_sgd_mnist_protocol import Config, Outcome, Problem, claims, problems, rounds_of, stated
 from fl_jax import algorithms, batches, gradients, models, sampling, sweep, training
 from fl_jax.data import FederatedDataset
 from fl_jax.metrics import CLASSIFICATION
 from fl_jax.privacy import Accountant, Guarantee, Unit
-from fl_jax.results import RunFolder, judge
+from fl_jax.results import RunFolder
 from fl_jax.types import Batches, FederatedAlgorithm, Model, PyTree, Sampling, Sites
 
 CHUNK = 500  # test images that are predicted at once
@@ -53,8 +53,7 @@ def run(config: Config, images: mnist.Load = mnist.IMAGES["mnist"]) -> None:
         for problem in problems(config):
             rounds_of(problem.setting(config), config, len(dataset.train.y))
         outcomes = {problem.field: train(problem, config, model, dataset, folder) for problem in problems(config)}
-        laws = [*stated(config)]
-        verdicts = judge("dp_sgd_mnist", [claim for claim, _ in laws], {claim.claim: law(outcomes) for claim, law in laws})
+        verdicts = judged("dp_sgd_mnist", stated(config), outcomes)
         folder.write_claims(verdicts)
         dp_sgd_mnist_report.conclude(folder, config, outcomes, verdicts)
 

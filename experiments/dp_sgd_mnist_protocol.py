@@ -12,6 +12,7 @@ import pandas as pd
 from dp_accounting import rdp
 
 from experiments.common import cli
+from experiments.common.config import at_least_one
 from fl_jax.errors import FlJaxError
 from fl_jax.privacy import Accountant, PrivacyLedger
 from fl_jax.results import Claim, Direction, last_round, select
@@ -40,9 +41,7 @@ class Setting:
     """how many runs; a seed draws initial weights, samples and noise"""
 
     def __post_init__(self) -> None:
-        for name in ("steps_per_round", "evaluate_every", "seeds"):
-            if getattr(self, name) < 1:
-                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        at_least_one(self, "steps_per_round", "evaluate_every", "seeds")
         if self.noise is not None and not 0 < self.noise < math.inf:
             raise FlJaxError(f"noise must be above 0 and finite, or None for the plain gradient, and is {self.noise}.")
 

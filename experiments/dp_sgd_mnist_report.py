@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.rule import Rule
 
+from experiments.common.figures import GREY, dress
 from experiments.common.report import bullets, say_where
 from experiments.dp_sgd_mnist_protocol import EARLY, Config, Outcome, old_conversion, renyi, short
 from fl_jax.privacy import CONVERSION, Accountant, coverage
@@ -34,7 +35,6 @@ ACCURACY = (0.0, 1.0)
 COLLAPSED = 0.5
 """Half of the images: a run that ends below it has lost what it had learnt."""
 _PLAIN, _UNPUBLISHED = "the plain gradient, neither clipped nor noised", "nothing is published of this setting"
-_GREY, _FAINT = "#555555", "#DDDDDD"
 _percent = with_bounds(number(2))
 Outcomes = Mapping[str, Outcome]
 
@@ -174,9 +174,9 @@ def figure_of_epochs(config: Config, outcomes: Outcomes) -> Figure:
     figure = Figure(figsize=(1.2 + 2.6 * len(shown), 3.1), layout="constrained")
     panels, of_one_run = figure.subplots(1, len(shown), squeeze=False)[0], False
     for axes, outcome in zip(panels, shown, strict=True):
-        low = _draw_over_epochs(axes, outcome, PALETTE[0] if outcome.ledgers else _GREY)
+        low = _draw_over_epochs(axes, outcome, PALETTE[0] if outcome.ledgers else GREY)
         if outcome.problem.field == "strict" and "strict_plain" in outcomes:
-            _draw_over_epochs(axes, outcomes["strict_plain"], _GREY)
+            _draw_over_epochs(axes, outcomes["strict_plain"], GREY)
         known = outcome.problem.known(config)
         if known.accuracy is not None and not known.early:
             axes.axhline(known.accuracy, color=PALETTE[1], linewidth=1.2, linestyle=(0, (5, 1.5)))
@@ -185,14 +185,14 @@ def figure_of_epochs(config: Config, outcomes: Outcomes) -> Figure:
                      if epoch <= outcome.setting.epochs and (of.accuracy or 0) > low}
             of_one_run = bool(early)
             axes.plot([*early], [*early.values()], "D", color=PALETTE[1], markersize=4.5)
-        _dress(axes, outcome.name, "epochs")
+        _dress(axes, "epochs", title=outcome.name)
         axes.set_ylim(low, 1.0)
         axes.set_xlim(0, 1.03 * outcome.setting.epochs)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     panels[0].set_ylabel("test accuracy", fontsize=9)
     panels[0].plot([], [], color=PALETTE[0], linewidth=1.5, label="mean of seeds, 95 % interval of three or more")
     if any(not outcome.ledgers for outcome in outcomes.values()):
-        panels[0].plot([], [], color=_GREY, linewidth=1.5, label="neither clipped nor noised")
+        panels[0].plot([], [], color=GREY, linewidth=1.5, label="neither clipped nor noised")
     panels[0].plot([], [], color=PALETTE[1], linewidth=1.2, linestyle=(0, (5, 1.5)), label="published, after the last step")
     if of_one_run:
         panels[0].plot([], [], "D", color=PALETTE[1], markersize=4.5, label="published, of one run")
@@ -259,27 +259,22 @@ def figure_of_epsilon(config: Config, private: Sequence[Outcome]) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylim(_lowest(lowest), 1.0)
     styles: list[tuple[dict[str, Any], str]] = [
-        ({"color": _GREY, "linewidth": 1.6}, "line and dot: RDP, today's conversion"),
-        ({"color": _GREY, "linewidth": 0.9, "linestyle": (0, (4, 2))}, "dashes and square: RDP, old conversion"),
-        ({"color": _GREY, "linestyle": "", "marker": "^", "markersize": 5}, "triangle: PLD"),
+        ({"color": GREY, "linewidth": 1.6}, "line and dot: RDP, today's conversion"),
+        ({"color": GREY, "linewidth": 0.9, "linestyle": (0, (4, 2))}, "dashes and square: RDP, old conversion"),
+        ({"color": GREY, "linestyle": "", "marker": "^", "markersize": 5}, "triangle: PLD"),
         ({"color": "black", "linestyle": "", "marker": "D", "markersize": 7, "markerfacecolor": "none"},
          "published, old conversion"),
     ]
     for style, label in styles:
         axes.plot([], [], label=label, **style)
-    _dress(axes, "", f"epsilon of an image at delta {config.delta:g}")
-    axes.set_ylabel("test accuracy, mean of seeds", fontsize=9)
+    _dress(axes, f"epsilon of an image at delta {config.delta:g}", "test accuracy, mean of seeds")
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
-def _dress(axes: Axes, title: str, x: str) -> None:
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(x, fontsize=9)
+def _dress(axes: Axes, x: str, y: str = "", title: str = "") -> None:
+    dress(axes, x, y, title)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.6)
-    axes.tick_params(labelsize=8)
 
 
 def _in_percent(values: npt.NDArray[np.float64]) -> Interval:

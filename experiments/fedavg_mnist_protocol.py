@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.common import cli
+from experiments.common.config import at_least_one
 from experiments.common.mnist import Partition
 from fl_jax import data, models
 from fl_jax.errors import FlJaxError
@@ -39,9 +40,7 @@ class Setting:
     """look after so many rounds whether all seeds have reached the target, and end there"""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "choosing_rounds", "seeds", "extend"):
-            if getattr(self, name) < 1:
-                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        at_least_one(self, "epochs", "choosing_rounds", "seeds", "extend")
         if not self.rates or min(self.rates) <= 0:
             raise FlJaxError(f"rates must be one or more positive learning rates, and are {list(self.rates)}.")
         if not 0 < self.target < 1:
@@ -68,9 +67,7 @@ class Config(cli.Common):
     """the CNN, images dealt by chance"""
 
     def __post_init__(self) -> None:
-        for name in ("choosing_seeds", "batch_size", "cohort"):
-            if getattr(self, name) < 1:
-                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        at_least_one(self, "choosing_seeds", "batch_size", "cohort")
         if not 0 < self.validation < 1:
             raise FlJaxError(f"validation must be a share of the images between 0 and 1, and is {self.validation}.")
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.rule import Rule
 
+from experiments.common.figures import GREY, dress
 from experiments.common.report import bullets, say_where
 from experiments.fedavg_mnist_protocol import Outcome
 from fl_jax.results import (
@@ -164,7 +165,7 @@ def figure(outcomes: Sequence[Outcome]) -> Figure:
         axes.fill_between(at, low, high, color=here, alpha=0.18, linewidth=0)
         axes.plot(at, mean, color=here, linewidth=1.5)
         target, published = outcome.setting.target, outcome.setting.target == outcome.problem.target
-        axes.axhline(target, color="#555555", linewidth=0.8, linestyle=(0, (4, 2)))
+        axes.axhline(target, color=GREY, linewidth=0.8, linestyle=(0, (4, 2)))
         rounds = outcome.rounds()
         axes.plot(rounds, np.full(len(rounds), target), "o", color=here, markersize=4)
         if published:
@@ -172,11 +173,7 @@ def figure(outcomes: Sequence[Outcome]) -> Figure:
         span = max(at[-1], outcome.problem.rounds if published else 0)
         axes.set_xlim(0, 1.04 * span)
         axes.set_ylim(1 - 5 * (1 - target), 1 - 0.2 * (1 - target))
-        axes.set_title(outcome.problem.name, fontsize=9)
-        axes.set_xlabel("round", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-        axes.tick_params(labelsize=8)
+        dress(axes, "round", title=outcome.problem.name)
     panels[0].set_ylabel("test accuracy", fontsize=9)
     panels[0].plot([], [], color=here, linewidth=1.5, label="best so far, mean of seeds and 95 % interval")
     panels[0].plot([], [], color=here, alpha=0.45, linewidth=0.6, label="accuracy of a seed")

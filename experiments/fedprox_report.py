@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.rule import Rule
 
 from experiments.common.report import bullets, say_where
+from experiments.common.reproduction import judged
 from fl_jax.results import (
     Claim,
     Column,
@@ -20,7 +21,6 @@ from fl_jax.results import (
     Table,
     claims_table,
     comparison_table,
-    judge,
     signed,
     with_bounds,
     with_margin,
@@ -149,8 +149,7 @@ def _by_seed(rows: pd.DataFrame) -> npt.NDArray[np.float64]:
 def conclude(folder: RunFolder, config: "Config", metrics: pd.DataFrame) -> None:
     """Prints the table and its reading; writes claims, summary and figures."""
     console, results = Console(), Results(config, metrics)
-    stated = list(_stated(config))
-    verdicts = judge("fedprox_synthetic", [claim for claim, _ in stated], {claim.claim: of(results) for claim, of in stated})
+    verdicts = judged("fedprox_synthetic", _stated(config), results)
     folder.write_claims(verdicts)
     sentences = reading(config, results)
     console.print("", table(config, results))

@@ -26,6 +26,7 @@ import pandas as pd
 
 from experiments import fedprox_report
 from experiments.common import cli
+from experiments.common.config import at_least_one
 from experiments.common.reproduction import Reproduction
 from fl_jax import algorithms, batches, models, sampling, sweep, training
 from fl_jax.data import FederatedDataset, as_one_site, fedprox_iid, fedprox_synthetic, stack
@@ -65,9 +66,7 @@ class Config(cli.Common):
     """measure training loss and test accuracy after so many rounds"""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "rounds", "batch_size", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        at_least_one(self, "seeds", "rounds", "batch_size", "evaluate_every")
         if not self.heterogeneity and not self.iid:
             raise FlJaxError("There is no federation to train on: give --heterogeneity or --iid.")
         for name, low, high in (("stragglers", 0.0, 1.0), ("mu", 0.0, float("inf"))):

@@ -28,6 +28,7 @@ import optax
 
 from experiments import quickstart_report
 from experiments.common import cli
+from experiments.common.config import at_least_one
 from fl_jax import aggregators, algorithms, batches, gradients, models, norms, privacy, sampling, sweep, training
 from fl_jax.data import FederatedDataset, pooled_train, read_table, simulated_hospitals, stack
 from fl_jax.errors import FlJaxError
@@ -88,9 +89,7 @@ class Config(cli.Common):
     """the CSV's columns whose numbers are names of categories"""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "rounds", "evaluate_every", "epochs", "batch_size", "hidden"):
-            if getattr(self, name) < 1:
-                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        at_least_one(self, "seeds", "rounds", "evaluate_every", "epochs", "batch_size", "hidden")
         if self.csv is None and (self.site or self.label or self.group or self.unseen or self.drop or self.categorical):
             raise FlJaxError("--site, --label, --group, --unseen, --drop and --categorical describe a table: give it with --csv FILE.")
         if self.csv is not None and not (self.site and self.label):

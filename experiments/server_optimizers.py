@@ -33,6 +33,7 @@ import pandas as pd
 
 from experiments import server_optimizers_report
 from experiments.common import cli, mnist, rate_grid
+from experiments.common.config import at_least_one
 from experiments.common.reproduction import Reproduction
 from experiments.server_optimizers_report import CLIENT, FEDAVG, IID, PLAIN, SERVER, skewed
 from fl_jax import algorithms, batches, data, models, sampling, sweep, training
@@ -104,9 +105,7 @@ class Config(cli.Common):
     """the test accuracy to which rounds are counted"""
 
     def __post_init__(self) -> None:
-        for name in ("clients", "cohort", "batch_size", "hidden", "rounds", "evaluate_every", "seeds", "tuning_seeds"):
-            if getattr(self, name) < 1:
-                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        at_least_one(self, "clients", "cohort", "batch_size", "hidden", "rounds", "evaluate_every", "seeds", "tuning_seeds")
         for name in ("last", "validation", "target"):
             if not 0 < getattr(self, name) < 1:
                 raise FlJaxError(f"{name} must be between 0 and 1, and is {getattr(self, name)}.")

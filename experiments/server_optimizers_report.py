@@ -13,6 +13,7 @@ from rich.rule import Rule
 
 from experiments.common import rate_grid
 from experiments.common.report import bullets, say_where
+from experiments.common.reproduction import judged
 from fl_jax.data import class_counts
 from fl_jax.results import (
     Claim,
@@ -24,7 +25,6 @@ from fl_jax.results import (
     claims_table,
     comparison_table,
     curves,
-    judge,
     number,
     select,
     signed,
@@ -128,8 +128,7 @@ def conclude(
 ) -> None:
     """Prints the tables and their reading; writes claims, summary and figures."""
     console, measured = Console(), Measured(config, tried, chosen, draws, metrics)
-    stated = [*_stated(config)]
-    verdicts = judge("server_optimizers", [claim for claim, _ in stated], {claim.claim: law(measured) for claim, law in stated})
+    verdicts = judged("server_optimizers", _stated(config), measured)
     folder.write_claims(verdicts)
     for partition in tried:
         console.print("", measured.table(partition))

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from experiments.common import cli
+from experiments.common.config import at_least_one
 from fl_jax.errors import FlJaxError
 
 Auto = Literal["auto"]
@@ -58,9 +59,7 @@ class Config(cli.Common):
     """print one line, a JSON object"""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "warmup", "pairs", "seeds"):
-            if getattr(self, name) < 1:
-                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        at_least_one(self, "rounds", "warmup", "pairs", "seeds")
         if self.lanes != "auto" and self.lanes < 1:
             raise FlJaxError(f"lanes must be auto, or 1 or more, and is {self.lanes}.")
         if self.private and (self.data is not None or self.seeds > 1):

@@ -46,6 +46,13 @@ class Common:
 ConfigT = TypeVar("ConfigT", bound=Common)
 
 
+def at_least_one(config: Any, *names: str) -> None:
+    """Raises FlJaxError for the first of these fields that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise FlJaxError(f"{name} must be 1 or more, and is {getattr(config, name)}.")
+
+
 def recorded(config: Any) -> dict[str, Any]:
     """A configuration as the JSON dict that `config_from_file` reads back: all its fields but those marked UNRECORDED."""
     return jsonable(_encode(config))

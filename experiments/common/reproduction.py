@@ -3,14 +3,16 @@
 import ast
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy.typing as npt
 
 import fl_jax
 from experiments.common.config import Common
 from fl_jax.errors import FlJaxError
-from fl_jax.results.claims import Claim
+from fl_jax.results.claims import Claim, Verdict, judge
 
 STUDIES: tuple[str, ...] = (
     "fed_heart_disease", "fed_tcga_brca", "dp_fed_heart_disease", "fedprox_synthetic", "adaptive_clipping", "dp_chest_xray", "dp_sgd_mnist",
@@ -28,6 +30,17 @@ class Reproduction(NamedTuple):
     claims: Callable[[Any], Sequence[Claim]]
     datasets: tuple[str, ...] = ()
     gpu: bool = False
+
+
+FoundT = TypeVar("FoundT")
+Stated = Iterable[tuple[Claim, Callable[[FoundT], npt.ArrayLike]]]
+"""Claims, each with the function that measures it on what a study found: float[n], one value a seed."""
+
+
+def judged(name: str, stated: Stated[FoundT], found: FoundT) -> list[Verdict]:
+    """The verdict on each claim of a study."""
+    pairs = list(stated)
+    return judge(name, [claim for claim, _ in pairs], {claim.claim: law(found) for claim, law in pairs})
 
 
 class Study(NamedTuple):

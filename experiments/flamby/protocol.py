@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.common import cli
+from experiments.common.config import at_least_one
 from fl_jax.data import FederatedDataset
-from fl_jax.errors import FlJaxError
 from fl_jax.metrics import Metric
 from fl_jax.results import Claim, Direction
 from fl_jax.types import Model
@@ -52,9 +52,7 @@ class Config(cli.Common):
     """also train without each site in turn, and test there"""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "rounds", "updates", "epochs", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise FlJaxError(f"{name} must be 1 or more, and is {getattr(self, name)}.")
+        at_least_one(self, "seeds", "rounds", "updates", "epochs", "evaluate_every")
 
     @property
     def torch_seeds(self) -> list[int]:
