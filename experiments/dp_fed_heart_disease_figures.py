@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.common.figures import GREY
+from experiments.common.figures import GREY, dress
 from experiments.dp_fed_heart_disease_measured import Measured
 from experiments.dp_fed_heart_disease_protocol import (
     FEDERATED,
@@ -40,11 +40,10 @@ def of_labels(study: Measured) -> Figure:
     left.plot([], [], "x", color=GREY, markersize=4, label="own generators")
     for axes, label in ((left, "epsilon on the label"), (right, "epsilon of 1,500 Poisson steps, worst hospital (PLD)")):
         axes.set_xscale("log")
-        axes.set_xlabel(label)
         axes.axhline(0, color=GREY, linewidth=0.8, linestyle=_DASH)
-        axes.grid(axis="y", color="#E3E3E3", linewidth=0.6)
+        dress(axes, label)
         axes.set_axisbelow(True)
-    left.set_ylabel("test accuracy minus that without DP,\nmean over hospitals, with its 95 % interval")
+    left.set_ylabel("test accuracy minus that without DP,\nmean over hospitals, with its 95 % interval", fontsize=9)
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     return figure
 
@@ -86,13 +85,12 @@ def of_budgets(study: Measured) -> Figure:
     pooled = study.patients(chosen(POOLED)).mean()
     axes.axhline(pooled, color=GREY, linewidth=0.9, linestyle=_DASH, label="pooled, no DP")
     left.axhline(study.choices[chosen(POOLED)].score, color=GREY, linewidth=0.9, linestyle=_DASH)
-    left.set_ylabel("accuracy over all patients")
-    left.set_title(f"validation patients, mean of {study.config.tuning_seeds} splits: the best of each grid", fontsize=9)
-    axes.set_title(f"{int(study.dataset.test.sizes.sum())} test patients, with 95 % intervals over starts", fontsize=9)
-    for panel in (left, axes):
+    by_validation = f"validation patients, mean of {study.config.tuning_seeds} splits: the best of each grid"
+    by_test = f"{int(study.dataset.test.sizes.sum())} test patients, with 95 % intervals over starts"
+    for panel, title in ((left, by_validation), (axes, by_test)):
         panel.set_xticks(places, [*(f"{epsilon:g}" for epsilon in epsilons), "no DP"])
-        panel.set_xlabel(f"epsilon at delta {study.config.delta:g}, of the ledger")
-        panel.grid(axis="y", color="#E3E3E3", linewidth=0.6)
+        dress(panel, f"epsilon at delta {study.config.delta:g}, of the ledger", title=title)
         panel.set_axisbelow(True)
+    left.set_ylabel("accuracy over all patients", fontsize=9)
     figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     return figure
