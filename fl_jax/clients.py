@@ -12,7 +12,22 @@ import optax
 
 from fl_jax import trees
 from fl_jax.errors import FlJaxError
-from fl_jax.types import Array, Batch, Batches, Client, Gradient, IsLocal, Key, Metrics, Model, PyTree, Site, Uplink, Variables
+from fl_jax.types import (
+    Array,
+    Batch,
+    Batches,
+    Client,
+    Gradient,
+    IsLocal,
+    Key,
+    Metrics,
+    Model,
+    PyTree,
+    Site,
+    Uplink,
+    Variables,
+    mean_state,
+)
 
 
 def nothing_local(path: tuple[str, ...], module: type) -> bool:
@@ -25,6 +40,12 @@ def everything_local(path: tuple[str, ...], module: type) -> bool:
     """Every leaf stays at its site: nothing is sent, which is local-only training."""
     del path, module
     return True
+
+
+def anothers(key: Key, clients: PyTree) -> PyTree:
+    """The state of one of the sites, drawn by chance. clients: their states [N, ...]."""
+    count = jax.tree.leaves(clients)[0].shape[0]
+    return trees.row(clients, jax.random.randint(key, (), 0, count))
 
 
 class Kept(NamedTuple):
@@ -57,7 +78,8 @@ def local_training(
     gradient: the oracle (fl_jax.gradients); its state stays at the site. optimizer: optax; its state lives for one round; a schedule
     counts the steps of the round. It is given as extra arguments the round's shared parameters, `anchor` (None at local leaves), the share of
     the round's steps that are done, `progress`, and the carry's `term`.
-    is_local: which leaves stay at the site between rounds, e.g. those of BatchNorm (fl_jax.norms); they train like the others.
+    is_local: which leaves stay at the site between rounds, e.g. those of BatchNorm (fl_jax.norms); they train like the others. Where
+    nothing is shared, a newcomer begins with the model of a site drawn by chance: a mean of models that never met is none.
     Metrics: the oracle's, as means over the records seen while training, and "records".
     """
     stays = by_path(model, is_local)
@@ -92,7 +114,8 @@ def local_training(
     def model_of_site(shared: Variables, kept: Kept) -> Variables:
         return trees.merge(shared, kept.leaves)
 
-    return Client(init, begin, step, end, model_of_site, batches, partial(batches.account, gradient.event))
+    return Client(init, begin, step, end, model_of_site, batches, partial(batches.account, gradient.event),
+                  newcomer=anothers if is_local is everything_local else mean_state)
 
 
 class Accumulation(NamedTuple):
@@ -166,8 +189,14 @@ def uplink(client: Client, transform: Uplink) -> Client:
         own = client.event(num_records)
         return transform.event if own == dp_accounting.NonPrivateDpEvent() else own
 
+    def adapt(key: Key, shared: PyTree, kept: Sending, site: Site) -> Variables:
+        return client.model(shared, kept.client) if client.adapt is None else client.adapt(key, shared, kept.client, site)
+
+    def newcomer(key: Key, states: Sending) -> Sending:
+        return Sending(client.newcomer(key, states.client), jax.tree.map(jnp.zeros_like, trees.row(states.uplink, jnp.int32(0))))
+
     return Client(init, begin, step, end, lambda shared, kept: client.model(shared, kept.client), client.batches, event, transform.event,
-                  transform.bits)
+                  transform.bits, None if client.adapt is None else adapt, newcomer)
 
 
 def _no_metrics(gradient: Gradient) -> Metrics:

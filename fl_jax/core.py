@@ -22,6 +22,7 @@ from fl_jax.types import (
     Cohort,
     FederatedAlgorithm,
     Key,
+    Metrics,
     PyTree,
     RoundMetrics,
     Site,
@@ -105,12 +106,26 @@ def federate(
     def model(state: State, id: Array) -> Variables:
         return client.model(state.shared, trees.row(state.clients, id))
 
+    def deploy(key: Key, state: State, id: Array, sites: Sites) -> Variables:
+        kept = trees.row(state.clients, id)
+        if client.adapt is None:
+            return client.model(state.shared, kept)
+        return client.adapt(key, state.shared, kept, site_at(sites, id))
+
+    def welcome(key: Key, state: State, id: Array, sites: Sites) -> Variables:
+        beginning, training, adapting = jax.random.split(key, 3)
+        site = site_at(sites, id)
+        kept = client.newcomer(beginning, state.clients)
+        _, trained, _ = alone(client, training, state.shared, kept, site)
+        kept = trees.select(site.num_records > 0, trained, kept)
+        return client.model(state.shared, kept) if client.adapt is None else client.adapt(adapting, state.shared, kept, site)
+
     def payload(state: State) -> tuple[int, int]:
         return trees.num_bytes(state.shared), -(-client.message_bits(state.shared) // 8)
 
     # what is private in the server's hands, or else before it gets there
     event = client.message_event if aggregator.event == dp_accounting.NonPrivateDpEvent() else aggregator.event
-    return FederatedAlgorithm(init, round, model, payload, event, client.event, aggregator.period)
+    return FederatedAlgorithm(init, round, model, deploy, welcome, payload, event, client.event, aggregator.period)
 
 
 def device_mesh(axis: str, num_devices: int | None = None) -> Mesh | None:
@@ -136,6 +151,32 @@ def on_every_device(tree: PyTree, mesh: Mesh | None) -> PyTree:
 def site_keys(key: Key, id: Array) -> Key:
     """The four keys of a site in a round: for the order of its records, its beginning, its steps, and the aggregator. key: the round's."""
     return jax.random.split(jax.random.fold_in(key, id), 4)
+
+
+def site_at(sites: Sites, id: Array) -> Site:
+    """Site `id` of these sites as a client sees it outside of a round, of which it has no steps to make."""
+    return Site(id, sites.size[id], jnp.int32(0), partial(_take, sites, sites.offset[id]))
+
+
+def alone(client: Client, key: Key, shared: PyTree, kept: PyTree, site: Site) -> tuple[PyTree, PyTree, Metrics]:
+    """One site's round without an engine: (message, client_state, metrics), for models that a site makes for itself (fl_jax.deployment). The
+    steps are those that the client's batches prescribe; none where there are no records."""
+    steps = jnp.where(site.num_records > 0, client.batches.steps(site.num_records), 0).astype(jnp.int32)
+    ordering, beginning, stepping, _ = site_keys(key, site.id)
+    order = client.batches.order(ordering, jnp.maximum(site.num_records, 1))
+
+    def step(t: Array, carry: PyTree) -> PyTree:
+        index, mask = client.batches.draw(order, t)
+        batch = Batch(*site.take(index), mask, client.batches.expected(order))
+        return client.step(jax.random.fold_in(stepping, t), carry, shared, batch)
+
+    carry = jax.lax.fori_loop(0, steps, step, client.begin(beginning, shared, kept, site._replace(num_steps=steps)))
+    return client.end(carry, shared, kept)
+
+
+def _take(sites: Sites, offset: Array, index: Array) -> tuple[PyTree, PyTree]:
+    rows = trees.copy_rows((sites.x, sites.y), (offset + index).reshape(-1))
+    return jax.tree.map(lambda leaf: leaf.reshape(*index.shape, *leaf.shape[1:]), rows)
 
 
 class _Tasks(NamedTuple):
@@ -188,9 +229,7 @@ def _work(
     """One device works through its queue. The hot loop is vmapped steps with neither mask nor cond in it, up to the step at which the
     next lane's site ends; then that one site ends, is lifted into the total, and its lane begins the next site of the queue."""
 
-    def take(offset: Array, index: Array) -> tuple[PyTree, PyTree]:
-        rows = trees.copy_rows((sites.x, sites.y), (offset + index).reshape(-1))
-        return jax.tree.map(lambda leaf: leaf.reshape(*index.shape, *leaf.shape[1:]), rows)
+    take = partial(_take, sites)
 
     def begin(position: Array) -> _Lane:
         slot = queue.slot[jnp.minimum(position, queue.slot.shape[0] - 1)]

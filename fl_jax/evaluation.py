@@ -4,7 +4,8 @@ Everything runs inside `jit` and `vmap`: sizes of sites are data, so seeds with 
 here is covered by a privacy guarantee.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -67,34 +68,41 @@ def site_of_row(sites: Sites) -> Array:
 def predict_sites(model_of_site: ModelOfSite, predict: Predict, sites: Sites, chunk: int) -> Array:
     """Each site's records predicted with that site's own model: outputs [R, K], 0 in rows that no site owns.
 
-    A loop over chunks of `chunk` records (static) of one site each; a site of n records takes ceil(n / chunk) of them, so the
-    size of a typical site is a good chunk. Sites must not overlap. Raises FlJaxError where chunk < 1.
+    A loop over sites, and in it one over chunks of `chunk` records (static); the last chunk of a site is computed in full, so the size of
+    a typical site is a good chunk. Sites must not overlap. Raises FlJaxError where chunk < 1.
     """
+    return predict_splits(model_of_site, predict, (sites,), chunk)[0]
+
+
+def predict_splits(model_of_site: ModelOfSite, predict: Predict, splits: Sequence[Sites], chunk: int) -> tuple[Array, ...]:
+    """`predict_sites` of several splits of the same sites; the model of a site, which may take training to make, is made once for all."""
     if chunk < 1:
         raise FlJaxError(f"chunk is the number of records predicted at once and must be at least 1, not {chunk}.")
-    num_rows, num_sites = _num_rows(sites), sites.offset.shape[0]
+    num_sites = splits[0].offset.shape[0]
     zero = jnp.int32(0)
 
-    def predicted(site: Array, x: PyTree) -> Array:
-        return predict(model_of_site(site), x)
+    def nothing(sites: Sites) -> Array:
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((chunk, *leaf.shape[1:]), leaf.dtype), sites.x)
+        shape = jax.eval_shape(lambda site, x: predict(model_of_site(site), x), zero, one)
+        return jnp.zeros((_num_rows(sites), *shape.shape[1:]), shape.dtype)
 
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((chunk, *leaf.shape[1:]), leaf.dtype), sites.x)
-    shape = jax.eval_shape(predicted, zero, one)
-    outputs = jnp.zeros((num_rows, *shape.shape[1:]), shape.dtype)
-    if num_rows == 0 or num_sites == 0:
+    def one_site(site: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        variables = model_of_site(site)
+
+        def one_chunk(sites: Sites, k: Array, outputs: Array) -> Array:
+            position = k * chunk + jnp.arange(chunk, dtype=jnp.int32)
+            index = sites.offset[site] + position
+            into = jnp.where(position < sites.size[site], index, _num_rows(sites))
+            return outputs.at[into].set(predict(variables, trees.rows(sites.x, index)), mode="drop")
+
+        return tuple(
+            jax.lax.fori_loop(zero, _most(-(-sites.size[site] // chunk)), partial(one_chunk, sites), out)
+            for sites, out in zip(splits, outputs, strict=True))
+
+    outputs = tuple(nothing(sites) for sites in splits)
+    if num_sites == 0 or all(_num_rows(sites) == 0 for sites in splits):
         return outputs
-    ends = jnp.cumsum(-(-sites.size // chunk))  # chunks of the sites up to and including each
-
-    def one_chunk(slot: Array, outputs: Array) -> Array:
-        # Past this seed's last chunk (another seed may have more) this is the last site, at a position that it does not have.
-        site = jnp.minimum(jnp.searchsorted(ends, slot, side="right"), num_sites - 1)
-        first = jnp.where(site > 0, ends[site - 1], 0)
-        position = (slot - first) * chunk + jnp.arange(chunk, dtype=jnp.int32)
-        index = sites.offset[site] + position
-        into = jnp.where(position < sites.size[site], index, num_rows)
-        return outputs.at[into].set(predicted(site, trees.rows(sites.x, index)), mode="drop")
-
-    return jax.lax.fori_loop(zero, _most(ends[-1]), one_chunk, outputs)
+    return jax.lax.fori_loop(zero, num_sites, one_site, outputs)
 
 
 def predict_all(variables: Variables, predict: Predict, sites: Sites, chunk: int) -> Array:

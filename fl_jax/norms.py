@@ -17,13 +17,16 @@ BATCH_NORMS = (linen.BatchNorm, nnx.BatchNorm)
 
 
 class NormPolicy(NamedTuple):
-    """name: stands in every result. is_local: which leaves stay at a site."""
+    """name: stands in every result. is_local: which leaves stay at a site. recalibrate: whether each site measures the statistics anew, on its
+    records without their labels, before it uses the model (fl_jax.deployment.recalibrated)."""
 
     name: str
     is_local: IsLocal
+    recalibrate: bool = False
 
 
-def _statistics(path: tuple[str, ...], module: type) -> bool:
+def statistics_of_batch_norm(path: tuple[str, ...], module: type) -> bool:
+    """The running mean and variance of every BatchNorm layer."""
     return path[0] == "stats" and issubclass(module, BATCH_NORMS)
 
 
@@ -34,11 +37,13 @@ def _layers(path: tuple[str, ...], module: type) -> bool:
 
 AVERAGED = NormPolicy("BatchNorm averaged", nothing_local)
 """Scale, bias and running statistics are all averaged."""
-LOCAL_STATISTICS = NormPolicy("BatchNorm statistics local", _statistics)
+LOCAL_STATISTICS = NormPolicy("BatchNorm statistics local", statistics_of_batch_norm)
 """Running statistics stay at the site, scale and bias are shared: SiloBN (Andreux et al. 2020), and what a code does unknowingly that
 exchanges only trained parameters."""
 LOCAL = NormPolicy("BatchNorm local", _layers)
 """The whole layer stays at the site: FedBN (Li et al. 2021)."""
+RECALIBRATED = NormPolicy("BatchNorm recalibrated", nothing_local, recalibrate=True)
+"""All is averaged, and each site that uses the model measures the running statistics on its own records first."""
 
 
 def refuse_statistics(shared: PyTree) -> None:

@@ -78,7 +78,8 @@ class Block(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Predictions [R, K] of the validation and test records, and [d, R, K] of unseen sites' records with the models of d donors."""
+    """Predictions [R, K] of the validation and test records, and [d, R, K] of unseen sites' records, with the models of d donors or, where
+    they have support, with what they deploy themselves (d = 1)."""
 
     validation: Array
     test: Array
@@ -187,14 +188,22 @@ def _functions(
 
         state, (ids, metrics) = jax.lax.scan(one, state, length=length)
 
+        # what sites deploy depends on the round and not on how often it is looked at
+        deploying = jax.random.fold_in(run_key, jnp.iinfo(jnp.int32).max - state.round)
+
         def deployed(id: Array) -> Variables:
-            return algorithm.model(state, id)
+            return algorithm.deploy(jax.random.fold_in(deploying, id), state, id, own.train)
 
-        def predict(sites: Sites) -> Array:
-            return evaluation.predict_sites(deployed, study.model.predict, sites, study.chunk)
+        def welcomed(support: Sites, id: Array) -> Variables:
+            return algorithm.welcome(jax.random.fold_in(deploying, own.train.size.shape[0] + id), state, id, support)
 
-        unseen = evaluation.predict_unseen(deployed, study.model.predict, own.unseen, donors, study.chunk)
-        return state, Block(ids, metrics, Outputs(predict(own.validation), predict(own.test), unseen))
+        predict = study.model.predict
+        if own.support is None:
+            unseen = evaluation.predict_unseen(deployed, predict, own.unseen, donors, study.chunk)
+        else:
+            unseen = evaluation.predict_sites(partial(welcomed, own.support), predict, own.unseen, study.chunk)[None]
+        validation, test = evaluation.predict_splits(deployed, predict, (own.validation, own.test), study.chunk)
+        return state, Block(ids, metrics, Outputs(validation, test, unseen))
 
     jax.eval_shape(start, jax.tree.map(lambda leaf: leaf[0], (runs, variables)))
     return start, rounds, num_clients, payload[0]

@@ -1,6 +1,6 @@
 """Who takes part in a round. Each sampler owns the amplification that it earns; wrappers make drop-outs and stragglers of its cohort."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import dp_accounting
@@ -136,6 +136,25 @@ def with_dropouts(sampling: Sampling, rate: float | Array) -> Sampling:
         cohort = sampling.draw(first, t, sites)
         stays = jax.random.uniform(second, cohort.ids.shape) >= rate
         return cohort._replace(weight=jnp.where(stays, cohort.weight, 0))
+
+    return Sampling(draw, sampling.amplify)
+
+
+def with_presence(sampling: Sampling, joins: Array | Sequence[int], leaves: Array | Sequence[int] | None = None) -> Sampling:
+    """Sites that join late or leave: site i takes part in no round before joins[i], nor from round leaves[i] on, counted from 0.
+
+    joins, leaves: int [N]; without `leaves` all stay. What a site sent before it left stays in the model. Earns no amplification.
+    """
+    first = jnp.asarray(joins, jnp.int32)
+    last = jnp.full_like(first, ALL_STEPS) if leaves is None else jnp.asarray(leaves, jnp.int32)
+    if first.ndim != 1 or first.shape != last.shape:
+        raise FlJaxError(f"joins and leaves need a round for each site, and have the shapes {first.shape} and {last.shape}.")
+
+    def draw(key: Key, t: Array, sites: Sites) -> Cohort:
+        _check_clients(sites, first.shape[0])
+        cohort = sampling.draw(key, t, sites)
+        joined, left = (jnp.take(rounds, cohort.ids, mode="clip") for rounds in (first, last))
+        return cohort._replace(weight=jnp.where((t >= joined) & (t < left), cohort.weight, 0))
 
     return Sampling(draw, sampling.amplify)
 

@@ -55,6 +55,17 @@ def during(optimizer: optax.GradientTransformation, begin: float | Array, end: f
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
+def only(optimizer: optax.GradientTransformation, chosen: Callable[[tuple[str, ...]], bool]) -> optax.GradientTransformation:
+    """`optimizer` for the chosen parameters; the others stay as they are. chosen: of a key path that starts with "params", as
+    clients.by_path makes it."""
+    return optax.partition({True: optimizer, False: optax.set_to_zero()}, partial(chosen_leaves, chosen=chosen))
+
+
+def chosen_leaves(params: PyTree, chosen: Callable[[tuple[str, ...]], bool]) -> PyTree:
+    """bool for each parameter: whether `chosen` holds of its key path, which starts with "params"."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: chosen(("params", *trees.path_of(path))), params)
+
+
 class MomentsState(NamedTuple):
     """First and second moment of the pseudo-gradient, each like the parameters."""
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import dp_accounting
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 PyTree = Any
@@ -65,7 +66,8 @@ class Sites(NamedTuple):
 
 class Splits(NamedTuple):
     """The device side of a federated data set: Sites for training, validation and test of the same N sites, in the same order, and
-    `unseen`: sites that take no part in training (N may be 0), whose records are all for testing.
+    `unseen`: sites that take no part in training (N may be 0), whose records are all for testing. support: of the same unseen sites,
+    the records by which each may adapt what it is given; None where they have none.
 
     Stacked over seeds, every leaf has a leading axis of seeds.
     """
@@ -74,6 +76,7 @@ class Splits(NamedTuple):
     validation: Sites
     test: Sites
     unseen: Sites
+    support: Sites | None = None
 
 
 class Site(NamedTuple):
@@ -107,6 +110,9 @@ class Model(NamedTuple):
     modules: Mapping[tuple[str, ...], type]
     name: str
 
+
+Deploy = Callable[[Key, Variables, Site], Variables]
+"""(key, what the site has, the site and its records) -> what it deploys; see fl_jax.deployment."""
 
 IsLocal = Callable[[tuple[str, ...], type], bool]
 """(key path of a leaf as strings, starting with "params" or "stats"; class of the module that owns it) -> stays at the site?"""
@@ -163,6 +169,16 @@ def not_private(num_records: int) -> dp_accounting.DpEvent:
     return dp_accounting.NonPrivateDpEvent()
 
 
+def mean_state(key: Key, clients: PyTree) -> PyTree:
+    """What a newcomer begins with where nothing else is said: the mean over the sites' states [N, ...]; of what is not real, the first's."""
+    del key
+
+    def middle(leaf: Array) -> Array:
+        return leaf.mean(0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf[0]
+
+    return jax.tree.map(middle, clients)
+
+
 def uncompressed(shared: PyTree) -> int:
     """The bits of a message that is sent as it is."""
     return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shared))
@@ -175,11 +191,14 @@ class Client(NamedTuple):
     begin:   (key, shared, client_state, site) -> carry
     step:    (key, carry, shared, batch) -> carry: one mini-batch
     end:     (carry, shared, client_state) -> (message, client_state, metrics): message is a pseudo-gradient like `shared`
-    model:   (shared, client_state) -> variables: what the site deploys; evaluation uses only this
+    model:   (shared, client_state) -> variables: what the site deploys
     batches: the records of each step
     event:   (num_records) -> the record-level DpEvent of one round
     message_event: the client-level DpEvent of one message for whoever sees it, where it is private before the server gets it
     message_bits: (shared) -> the bits of one message on the wire; a Python int, known from shapes
+    adapt:   (key, shared, client_state, site) -> variables: what the site deploys after one more look at its records, which changes
+             nothing that is kept or sent (fl_jax.deployment); None: `model`
+    newcomer: (key, client states [N, ...]) -> the state with which a site begins that has taken no part
     """
 
     init: Callable[[Variables], tuple[PyTree, PyTree]]
@@ -191,6 +210,8 @@ class Client(NamedTuple):
     event: Callable[[int], dp_accounting.DpEvent] = not_private
     message_event: dp_accounting.DpEvent = dp_accounting.NonPrivateDpEvent()
     message_bits: Callable[[PyTree], int] = uncompressed
+    adapt: Callable[[Key, PyTree, PyTree, Site], Variables] | None = None
+    newcomer: Callable[[Key, PyTree], PyTree] = mean_state
 
 
 class Uplink(NamedTuple):
@@ -278,7 +299,11 @@ class FederatedAlgorithm(NamedTuple):
 
     init:  (variables, num_clients) -> State
     round: (key, State, Cohort, Sites) -> (State, RoundMetrics)
-    model: (State, id int32) -> Variables that site `id` deploys; vmap it for several
+    model: (State, id int32) -> Variables that site `id` has; vmap it for several
+    deploy: (key, State, id int32, Sites) -> Variables that site `id` deploys, after one more look at its records among these; the state
+            stays as it is. Without such a look it is `model`
+    welcome: (key, State, id int32, Sites) -> Variables that a site deploys which has taken no part: site `id` of these Sites, not of the
+            federation's. It makes one round of its own on its records, of which nothing is sent; without records it takes what it is given
     payload: (State) -> (down, up), bytes that one client receives and sends in a round; Python ints
     client_event: the client-level DpEvent of one round, before client sampling is accounted
     record_event: (num_records) -> the record-level DpEvent of one round at a site
@@ -288,6 +313,8 @@ class FederatedAlgorithm(NamedTuple):
     init: Callable[[Variables, int], State]
     round: Callable[[Key, State, Cohort, Sites], tuple[State, RoundMetrics]]
     model: Callable[[State, Array], Variables]
+    deploy: Callable[[Key, State, Array, Sites], Variables]
+    welcome: Callable[[Key, State, Array, Sites], Variables]
     payload: Callable[[State], tuple[int, int]]
     client_event: dp_accounting.DpEvent
     record_event: Callable[[int], dp_accounting.DpEvent]

@@ -182,10 +182,13 @@ def test_rounds_scan_and_seeds_map(built, sites, name):
     close(jax.tree.map(lambda leaf: leaf[1], mapped), alone)
 
 
-def test_what_a_site_deploys_and_what_travels(built, normed_model, name):
+def test_what_a_site_deploys_and_what_travels(built, normed_model, sites, name):
     algorithm, state, _ = built(name)
     deployed = algorithm.model(state, jnp.int32(3))
     assert jax.tree.structure(deployed) == jax.tree.structure(normed_model.init(KEY))
+    for look in (algorithm.deploy, algorithm.welcome):  # a site's own records, and a newcomer's
+        shapes = jax.eval_shape(look, KEY, state, jnp.int32(3), sites)
+        jax.tree.map(lambda shape, leaf: np.testing.assert_equal(shape.shape, leaf.shape), shapes, deployed)
     down, up = algorithm.payload(state)
     assert down == sum(4 * leaf.size for leaf in jax.tree.leaves(state.shared))
     assert up < down if name in COMPRESSED else up == down

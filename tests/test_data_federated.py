@@ -96,7 +96,7 @@ def rows(sites, i):
 def test_device_holds_every_site_s_own_rows():
     data = dataset()
     splits = data.device()
-    for host, device in zip((data.train, data.validation, data.test, data.unseen), splits, strict=True):
+    for host, device in zip((data.train, data.validation, data.test, data.unseen), splits[:4], strict=True):
         assert device.offset.dtype == device.size.dtype == jnp.int32 and isinstance(device.x, jax.Array)
         for i in range(len(host.sizes)):
             np.testing.assert_array_equal(rows(device, i), host.x[host.offsets[i] : host.offsets[i + 1]])
@@ -128,7 +128,7 @@ def test_stack_pads_at_the_end_and_each_draw_keeps_its_rows():
     assert stacked.train.x.shape == (2, 13, 2) and stacked.train.offset.shape == (2, 3)
     for s, draw in enumerate(draws):
         own, alone = jax.tree.map(lambda leaf, s=s: leaf[s], stacked), draw.device()
-        for split, single in zip(own, alone, strict=True):
+        for split, single in zip(own[:4], alone[:4], strict=True):
             for i in range(len(single.size)):
                 np.testing.assert_array_equal(rows(split, i), rows(single, i))
     assert not np.asarray(stacked.train.x[0, 8:]).any()

@@ -159,3 +159,14 @@ def test_an_event_for_observers_who_see_the_cohort_is_not_amplified():
     event = mechanism.replacing(EVENT)
     for sampler in (sampling.everyone(), sampling.fixed_size(3, 50), sampling.poisson(0.1, 50), sampling.separated(2, 50, 9)):
         assert sampler.amplify(event) == event
+
+
+def test_sites_take_part_from_the_round_they_join_to_the_one_they_leave(sites):
+    joins, leaves = np.array([0, 1, 2, 0, 0, 3]), np.array([9, 9, 2, 9, 1, 9])
+    sampler = sampling.with_presence(sampling.everyone(), joins, leaves)
+    there = np.array([sampler.draw(KEY, jnp.int32(t), sites).weight > 0 for t in range(4)])
+    assert (there == [[t >= a and t < b for a, b in zip(joins, leaves)] for t in range(4)]).all() and not there[:, 2].any()
+    assert sampling.with_presence(sampling.everyone(), joins).draw(KEY, jnp.int32(2), sites).weight[4] == sites.size[4]
+    assert sampler.amplify(EVENT) == EVENT
+    with pytest.raises(FlJaxError, match="a round for each site"):
+        sampling.with_presence(sampling.everyone(), joins, leaves[:3])

@@ -58,7 +58,9 @@ def federated_arms(protocol: Protocol, model: Model, config: Config) -> list[tra
     def first_sites_own() -> FederatedAlgorithm:
         # FLamby's Cyclic trains a model of each site in turn, hands none of them on, and tests the first site's.
         turns = algorithms.in_turn(algorithms.local_only(model, optax.sgd(rates.cyclic), work))
-        return turns._replace(model=lambda state, id: turns.model(state, jnp.zeros_like(id)))
+        return turns._replace(
+            model=lambda state, id: turns.model(state, jnp.zeros_like(id)),
+            deploy=lambda key, state, id, sites: turns.deploy(key, state, jnp.zeros_like(id), sites))
 
     def centralized_arm(rate: float) -> training.Arm:
         return training.Arm(

@@ -5,11 +5,11 @@ from typing import TypedDict, Unpack
 import jax.numpy as jnp
 import optax
 
-from fl_jax import aggregators, clients, gradients
+from fl_jax import aggregators, batches, clients, deployment, gradients
 from fl_jax.core import ONE_LANE, Engine, federate
 from fl_jax.norms import AVERAGED, NormPolicy
 from fl_jax.transforms import averaging_statistics, proximal, scale_by_server_moments
-from fl_jax.types import Aggregator, Array, Batches, Client, FederatedAlgorithm, Gradient, Model, Uplink
+from fl_jax.types import Aggregator, Array, Batches, Client, Deploy, FederatedAlgorithm, Gradient, Model, Uplink
 
 Scalar = float | Array
 
@@ -18,14 +18,15 @@ class Options(TypedDict, total=False):
     """What every algorithm here takes by keyword and passes on to `fedavg`.
 
     aggregator: by default the mean weighted by the cohort's weights. norms: the BatchNorm policy. gradient: the oracle, by default
-    gradients.plain(model). uplink: what happens to messages before they leave their sites, e.g. uplink.local_dp. engine: how a round is
-    executed.
+    gradients.plain(model). uplink: what happens to messages before they leave their sites, e.g. uplink.local_dp. deploy: what a site does
+    with the model before it uses it, e.g. deployment.fine_tuned. engine: how a round is executed.
     """
 
     aggregator: Aggregator | None
     norms: NormPolicy
     gradient: Gradient | None
     uplink: Uplink | None
+    deploy: Deploy | None
     engine: Engine
 
 
@@ -40,7 +41,7 @@ def fedavg(
     pseudo-gradient (FedOpt); by default plain averaging. Statistics are averaged whatever the server.
     """
     client = sent_by(local_client(model, optimizer, batches, options), options)
-    return joined(client, options, server=averaging_statistics(server) if server is not None else None)
+    return joined(model, client, options, server=averaging_statistics(server) if server is not None else None)
 
 
 def oracle_of(model: Model, options: Options) -> Gradient:
@@ -61,9 +62,15 @@ def sent_by(client: Client, options: Options) -> Client:
 
 
 def joined(
-    client: Client, options: Options, *, aggregator: Aggregator | None = None, server: optax.GradientTransformation | None = None
+    model: Model, client: Client, options: Options, *, aggregator: Aggregator | None = None,
+    server: optax.GradientTransformation | None = None,
 ) -> FederatedAlgorithm:
-    """A client with the engine and the aggregator of the options. aggregator: in place of theirs; server: by default plain averaging."""
+    """A client with what the options say of aggregator, deployment and engine. aggregator: in place of theirs; server: by default plain
+    averaging. A BatchNorm policy that recalibrates comes before the options' own deployment."""
+    steps = [options.get("deploy")]
+    if options.get("norms", AVERAGED).recalibrate:
+        steps.insert(0, deployment.recalibrated(model, batches.epochs(1, client.batches.size)))
+    client = deployment.deploying(client, *(step for step in steps if step is not None))
     aggregator = aggregator or aggregator_of(options)
     return federate(client, aggregator, server or optax.sgd(1.0), options.get("engine", ONE_LANE))
 

@@ -27,7 +27,7 @@ def scaffold(
     optimizer = optax.chain(add_term(), optax.sgd(learning_rate)) if optimizer is None else optimizer
     client = _corrected(model, optimizer, batches, corrections.control_variates(learning_rate), options)
     server = averaging_statistics(optax.sgd(server_learning_rate), others=optax.sgd(1.0))
-    return joined(client, options, aggregator=aggregators.with_control(aggregator_of(options)), server=server)
+    return joined(model, client, options, aggregator=aggregators.with_control(aggregator_of(options)), server=server)
 
 
 def feddyn(
@@ -40,7 +40,7 @@ def feddyn(
     """
     optimizer = optax.chain(add_term(), proximal(alpha), optimizer)
     client = _corrected(model, optimizer, batches, corrections.dynamic_regularizer(alpha), options)
-    return joined(client, options, aggregator=aggregators.with_control(aggregator_of(options)), server=_with_memory(alpha))
+    return joined(model, client, options, aggregator=aggregators.with_control(aggregator_of(options)), server=_with_memory(alpha))
 
 
 def fednova(
@@ -61,7 +61,7 @@ def fednova(
 
     optimizer = optax.sgd(learning_rate, momentum) if optimizer is None else optimizer
     client = _corrected(model, optimizer, batches, corrections.counted(length), options)
-    return joined(client, options, aggregator=aggregators.normalized_mean())
+    return joined(model, client, options, aggregator=aggregators.normalized_mean())
 
 
 def _corrected(

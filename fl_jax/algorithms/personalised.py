@@ -1,17 +1,16 @@
 """Algorithms in which every site deploys a model of its own: parts of the network that stay, or a second network beside the shared one."""
 
+from functools import partial
 from typing import Unpack
 
-import jax
 import optax
 
 from fl_jax import personal
 from fl_jax.algorithms.averaging import Options, Scalar, fedavg, joined, local_client, oracle_of, sent_by
 from fl_jax.clients import by_path
 from fl_jax.norms import AVERAGED, LOCAL, LOCAL_STATISTICS, NormPolicy
-from fl_jax.transforms import during, proximal
-from fl_jax.trees import path_of
-from fl_jax.types import Batches, Client, FederatedAlgorithm, IsLocal, Model, PyTree
+from fl_jax.transforms import chosen_leaves, during, proximal
+from fl_jax.types import Batches, Client, FederatedAlgorithm, IsLocal, Model
 
 
 def fedbn(
@@ -68,14 +67,9 @@ def fedrep(
     head_share: of the round's steps that are the head's, e.g. 10 / 11 with batches.epochs(11, B) for ten epochs of the head and one of
     the body. optimizer: of both, each in its own phase.
     """
-
-    is_head = by_path(model, head)
-
-    def labels(params: PyTree) -> PyTree:
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: "head" if is_head(("params", *path_of(path))) else "body", params)
-
-    phases = {"head": during(optimizer, 0.0, head_share), "body": during(optimizer, head_share, 1.0)}
-    return fedper(model, optax.partition(phases, labels), batches, head, **options)
+    phases = {True: during(optimizer, 0.0, head_share), False: during(optimizer, head_share, 1.0)}
+    in_turn = optax.partition(phases, partial(chosen_leaves, chosen=by_path(model, head)))
+    return fedper(model, in_turn, batches, head, **options)
 
 
 def ditto(
@@ -89,7 +83,7 @@ def ditto(
     """
     own = _own(model, optax.chain(proximal(strength), own_optimizer or optimizer), batches, options)
     client = personal.beside(sent_by(local_client(model, optimizer, batches, options), options), own)
-    return joined(client, options)
+    return joined(model, client, options)
 
 
 def mr_mtl(
@@ -99,7 +93,7 @@ def mr_mtl(
     2022, "On privacy and personalization in cross-silo federated learning", Algorithm A1). Strength 0 is local training."""
     client = personal.pulled_to_mean(_own(model, optax.chain(proximal(strength), optimizer), batches, options))
     client = sent_by(client, options)
-    return joined(client, options)
+    return joined(model, client, options)
 
 
 def pfedme(
@@ -113,7 +107,7 @@ def pfedme(
     """
     client = sent_by(personal.moreau_envelope(
         model, oracle_of(model, options), batches, strength=strength, inner_steps=inner_steps, inner_rate=inner_rate, rate=rate), options)
-    return joined(client, options, server=optax.sgd(beta))
+    return joined(model, client, options, server=optax.sgd(beta))
 
 
 def apfl(
@@ -128,7 +122,7 @@ def apfl(
     gradient = oracle_of(model, options)
     client = local_client(model, optimizer or optax.sgd(learning_rate), batches, options)
     client = sent_by(personal.mixture(client, gradient, alpha=alpha, rate=learning_rate, alpha_rate=alpha_rate), options)
-    return joined(client, options)
+    return joined(model, client, options)
 
 
 def _own(model: Model, optimizer: optax.GradientTransformation, batches: Batches, options: Options) -> Client:

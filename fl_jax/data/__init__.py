@@ -35,6 +35,7 @@ from fl_jax.data.standardize import (
     site_statistics,
     standardize_features,
 )
+from fl_jax.data.support import with_support
 from fl_jax.data.synthetic import fedprox_iid, fedprox_synthetic
 from fl_jax.data.tabular import Table, read_csv, read_table
 from fl_jax.data.tfds_source import tfds_source
@@ -90,4 +91,5 @@ __all__ = [
     "stack",
     "standardize_features",
     "tfds_source",
+    "with_support",
 ]

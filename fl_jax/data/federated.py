@@ -36,6 +36,8 @@ class FederatedDataset:
     class_names: num_classes names, "0", "1", ... if not given. feature_names: one for each column of x, or ().
     missing: site name -> values that were missing before imputation; a site that is not named has none.
     notes: lines that say what is real and what is simulated, and what was done to the records.
+    support: of each unseen site, how many of its records, the first ones, are not for testing but for adapting (`with_support`); () for
+    sites that have none and are given models of other sites, see fl_jax.evaluation.
 
     Raises FlJaxError on construction for the first of: names and tables that do not fit together, offsets that do not increase
     to R, a site without records, features that are NaN or infinite, labels out of range.
@@ -53,11 +55,13 @@ class FederatedDataset:
     feature_names: tuple[str, ...] = ()
     missing: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    support: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.class_names:
             object.__setattr__(self, "class_names", tuple(str(k) for k in range(self.num_classes)))
         _check_names(self)
+        _check_support(self)
         for split, records, names in self._tables():
             what = f"{split} records of data set '{self.name}'"
             check_offsets(what, records, names, may_be_empty=split in ("validation", "test"))
@@ -87,7 +91,7 @@ class FederatedDataset:
 
         A table without records keeps one row of zeros that no site owns, so that a gather from it is legal.
         """
-        return jax.tree.map(jnp.array, _padded(self, _lengths([self])))
+        return _with_support(jax.tree.map(jnp.array, _padded(self, _lengths([self]))), jnp.array(self.support, jnp.int32))
 
     def pooled(self) -> "FederatedDataset":
         """The data set as if it had never been distributed: one site, "pooled", in every split; unseen sites stay as they are."""
@@ -126,8 +130,11 @@ def stack(datasets: Sequence[FederatedDataset]) -> Splits:
                 f"Data sets to stack need records of one shape and dtype, but '{first.name}' has {signature(first.train)[1]} "
                 f"and '{other.name}' has {signature(other.train)[1]}."
             )
+        if bool(first.support) != bool(other.support):
+            raise FlJaxError("Data sets to stack must all have support at their unseen sites, or none: call with_support on each.")
     lengths = _lengths(datasets)
-    return jax.tree.map(lambda *leaves: jnp.array(np.stack(leaves)), *(_padded(dataset, lengths) for dataset in datasets))
+    splits = jax.tree.map(lambda *leaves: jnp.array(np.stack(leaves)), *(_padded(dataset, lengths) for dataset in datasets))
+    return _with_support(splits, jnp.array([dataset.support for dataset in datasets], jnp.int32))
 
 
 def pooled_train(splits: Splits) -> Splits:
@@ -148,9 +155,11 @@ def hold_out(dataset: FederatedDataset, names: Sequence[str]) -> FederatedDatase
     """Move whole sites to `unseen`, with all their training, validation and test records.
 
     What was computed from these sites' training records before (standardisation, imputation), and groups that also visit
-    other sites, keep their traces: sources with an `unseen` argument leave none. Raises FlJaxError for names that are not sites
-    and where no site would be left.
+    other sites, keep their traces: sources with an `unseen` argument leave none. Raises FlJaxError for names that are not sites,
+    where no site would be left, and where unseen sites have support already.
     """
+    if dataset.support:
+        raise FlJaxError("Hold sites out first, and then draw the support of all unseen sites (with_support).")
     names = [names] if isinstance(names, str) else names
     unknown = [name for name in names if name not in dataset.site_names]
     if unknown:
@@ -178,6 +187,14 @@ def hold_out(dataset: FederatedDataset, names: Sequence[str]) -> FederatedDatase
     )
 
 
+def _with_support(splits: Splits, size: jax.Array) -> Splits:
+    """The splits with the first records of each unseen site as its support, in the same table. size: int32[..., U], or no elements."""
+    if not size.size:
+        return splits
+    whole = splits.unseen
+    return splits._replace(unseen=whole._replace(offset=whole.offset + size, size=whole.size - size), support=whole._replace(size=size))
+
+
 def _lengths(datasets: Sequence[FederatedDataset]) -> tuple[int, ...]:
     """Rows of each padded table: the longest draw's, at least one."""
     tables = ([d.train, d.validation, d.test, d.unseen] for d in datasets)
@@ -199,6 +216,13 @@ def _padded_sites(name: str, records: Records, length: int) -> Sites:
     x, y = jax.tree.map(pad, (records.x, records.y))
     offset, size = records.offsets[:-1].astype(np.int32), records.sizes.astype(np.int32)
     return Sites(x, y, offset, size)  # type: ignore[arg-type]  # NumPy until device() or stack() moves it
+
+
+def _check_support(data: FederatedDataset) -> None:
+    sizes = data.unseen.sizes
+    if data.support and (len(data.support) != len(sizes) or not all(0 <= k < n for k, n in zip(data.support, sizes, strict=True))):
+        raise FlJaxError(f"The support of data set '{data.name}' must be a number for each unseen site, below that of its records: draw it "
+                         "with with_support.")
 
 
 def _check_names(data: FederatedDataset) -> None:
