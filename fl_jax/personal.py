@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from fl_jax import trees
-from fl_jax.clients import everything_local, local_training
-from fl_jax.types import Array, Batch, Batches, Client, Gradient, Key, Metrics, Model, PyTree, Site, Variables
+from fl_jax.clients import Training, by_path, everything_local, local_training
+from fl_jax.types import Array, Batch, Batches, Client, Gradient, IsLocal, Key, Metrics, Model, PyTree, Site, Variables
 
 
 class Two(NamedTuple):
@@ -163,6 +163,76 @@ def mixture(
         return Variables(mixed(a, own, shared.params), shared.stats)
 
     return Client(init, begin, step, end, model, client.batches, client.event, client.message_event, client.message_bits)
+
+
+class _Blended(NamedTuple):
+    """Of FedALA: what a site keeps. client: of the shared training. own: its model. weights: of its blending, None below the top. rounds: int32, in
+    how many it took part."""
+
+    client: PyTree
+    own: Variables
+    weights: PyTree
+    rounds: Array
+
+
+def blended(
+    client: Client, model: Model, gradient: Gradient, top: IsLocal, *, rate: float | Array, share: float | Array, first_passes: int | Array
+) -> Client:
+    """FedALA's client: `client`, of clients.local_training, that begins a round at own + (shared - own) * W, element by element in the layers
+    of `top` and at the shared model below, where W in [0, 1] descends the loss first (Zhang et al. 2023, "FedALA: Adaptive local aggregation
+    for personalized federated learning", Algorithm 1, eq. 3 to 5).
+
+    gradient: an oracle without state, for W. share: of the steps of one pass in which W learns. The own model, trained, is deployed. A
+    newcomer blends what it is given with the mean of the sites' models.
+    """
+    is_top = by_path(model, top)
+
+    def above(params: PyTree) -> PyTree:
+        return trees.split(Variables(params, {}), is_top)[0].params
+
+    def init(variables: Variables) -> tuple[Variables, _Blended]:
+        shared, kept = client.init(variables)
+        return shared, _Blended(kept, variables, jax.tree.map(jnp.ones_like, above(variables.params)), jnp.int32(0))
+
+    def begin(key: Key, shared: Variables, kept: _Blended, site: Site) -> tuple[PyTree, PyTree]:
+        ordering, learning, training = jax.random.split(key, 3)
+        (given, stats), own = client.model(shared, kept.client), kept.own.params
+        apart = jax.tree.map(jnp.subtract, above(given), above(own))
+        order = client.batches.order(ordering, jnp.maximum(site.num_records, 1))
+        pass_steps = -(-site.num_records // client.batches.size)
+
+        def blend(weights: PyTree) -> PyTree:
+            mixed = jax.tree.map(lambda v, d, w: v + d * w, above(own), apart, weights)
+            return jax.tree.map(lambda w, m: w if m is None else m, given, mixed, is_leaf=lambda leaf: leaf is None)
+
+        def learn(t: Array, weights: PyTree) -> PyTree:
+            index, mask = client.batches.draw(order, t)
+            at = blend(weights)
+            slope, *_ = gradient.compute(
+                jax.random.fold_in(learning, t), gradient.init(at), at, stats, Batch(*site.take(index), mask, client.batches.expected(order)))
+            return jax.tree.map(lambda w, g, d: jnp.clip(w - rate * g * d, 0, 1), weights, above(slope), apart)
+
+        passes = jnp.where(kept.rounds == 1, first_passes, 1)
+        steps = jnp.ceil(share * pass_steps).astype(jnp.int32) * passes
+        weights = jax.lax.fori_loop(0, steps, learn, kept.weights)
+        begun: Training = client.begin(training, shared, kept.client, site)
+        return begun._replace(variables=begun.variables._replace(params=blend(weights))), weights
+
+    def step(key: Key, carry: tuple[PyTree, PyTree], shared: Variables, batch: Batch) -> tuple[PyTree, PyTree]:
+        return client.step(key, carry[0], shared, batch), carry[1]
+
+    def end(carry: tuple[PyTree, PyTree], shared: Variables, kept: _Blended) -> tuple[Variables, _Blended, Metrics]:
+        training, weights = carry
+        message, after, metrics = client.end(training, shared, kept.client)
+        leaves = jax.tree.leaves(weights)
+        mean = sum(jnp.sum(leaf) for leaf in leaves) / max(sum(leaf.size for leaf in leaves), 1)
+        return message, _Blended(after, training.variables, weights, kept.rounds + 1), metrics | {"shared_weight": jnp.float32(mean)}
+
+    def own_model(shared: Variables, kept: _Blended) -> Variables:
+        del shared
+        return kept.own
+
+    return Client(init, begin, step, end, own_model, client.batches, client.event, client.message_event, client.message_bits)
 
 
 def _nothing(tree: PyTree) -> PyTree:

@@ -212,3 +212,47 @@ def test_fedreps_phases_follow_one_another_in_a_round(normed_model, sites):
         for name in ("Dense_0", "Dense_1"):
             still = np.array_equal(own.params[name]["kernel"][2], variables.params[name]["kernel"])
             assert still == (name != moving)
+
+
+def test_fedala_that_learns_no_weights_shares_fedavgs_model(plain_model, sites, references):
+    variables, averaged, _ = references
+    state, _ = deployed(algorithms.fedala(plain_model, SGD, WORK, EVERYTHING, rate=0.0), variables, sites)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y[0], atol=1e-6), state.shared, averaged)
+    # nor does it where the first round finds all models alike, whatever the rate
+    first, _ = deployed(algorithms.fedala(plain_model, SGD, WORK, EVERYTHING), variables, sites, COHORTS[:1])
+    for leaf in jax.tree.leaves(first.clients.weights):
+        np.testing.assert_array_equal(leaf, 1)
+
+
+def test_fedalas_weights_descend_the_loss_between_a_sites_model_and_the_shared_one(plain_model, sites):
+    """Two rounds of one site and another, full batches: what the weights are then, in NumPy."""
+    work = batches.epochs(1, 16)
+    algorithm = algorithms.fedala(plain_model, SGD, work, EVERYTHING, rate=0.7, first_passes=2)
+    variables = plain_model.init(KEY)
+    state, _ = deployed(algorithm, variables, sites, [cohort_of([2, 4])])
+    after, _ = deployed_from(algorithm, state, sites, cohort_of([2, 4]))
+    shared, own = (np.float64(tree.params["Dense_0"]["kernel"]) for tree in (state.shared, jax.tree.map(lambda leaf: leaf[2], state.clients.own)))
+    shared_bias, own_bias = (np.float64(tree.params["Dense_0"]["bias"]) for tree in (state.shared, jax.tree.map(lambda leaf: leaf[2], state.clients.own)))
+    rows = slice(int(sites.offset[2]), int(sites.offset[2] + sites.size[2]))
+    x, y = np.float64(sites.x)[rows], np.eye(3)[np.asarray(sites.y)[rows]]
+    w, b = np.ones_like(own), np.ones_like(own_bias)
+    for _ in range(2):
+        p = np.exp(x @ (own + (shared - own) * w) + own_bias + (shared_bias - own_bias) * b)
+        slope = (p / p.sum(1, keepdims=True) - y) / len(y)
+        w = np.clip(w - 0.7 * (x.T @ slope) * (shared - own), 0, 1)
+        b = np.clip(b - 0.7 * slope.sum(0) * (shared_bias - own_bias), 0, 1)
+    found = after.clients.weights["Dense_0"]
+    np.testing.assert_allclose(found["kernel"][2], w, atol=1e-5)
+    np.testing.assert_allclose(found["bias"][2], b, atol=1e-5)
+    assert (w < 1).any()
+
+
+def deployed_from(algorithm, state, sites, cohort):
+    return jax.jit(algorithm.round)(jax.random.fold_in(KEY, 9), state, cohort, sites)
+
+
+def test_fedala_blends_only_its_top(normed_model, sites):
+    state, _ = deployed(algorithms.fedala(normed_model, SGD, WORK, HEAD), normed_model.init(KEY), sites)
+    weights = state.clients.weights
+    assert weights["Dense_0"]["kernel"] is None and weights["Dense_1"]["kernel"].shape == (N, 6, 3)
+    assert (weights["Dense_1"]["kernel"] < 1).any() and (weights["Dense_1"]["kernel"] >= 0).all()
