@@ -436,6 +436,7 @@ def test_an_example_of_float64_is_what_jax_makes_of_it():
         (models.TwoNN(10), (28, 28, 1), 199_210),
         (models.FedAvgCNN(10), (28, 28, 1), 1_663_370),
         (models.FedAvgCNN(62), (28, 28, 1), 1_663_370 + 52 * 513),
+        (models.FedAvgCNN(10, padding="VALID"), (28, 28, 1), 582_026),
         (models.DPSGDCNN(10), (28, 28, 1), 26_010),
         (models.PflCifarCNN(10), (32, 32, 3), 1_626_442),
         (models.ResNet18(10, models.batch_norm), (32, 32, 3), 11_173_962),
