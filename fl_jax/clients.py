@@ -134,7 +134,7 @@ def full_gradient(gradient: Gradient, batches: Batches) -> Client:
     `local_training`. Raises FlJaxError for a private oracle: its noise would be added once a batch, and its denominator lost.
     """
     if gradient.event != dp_accounting.NonPrivateDpEvent():
-        raise FlJaxError("FedSGD's sum over batches is not a private mechanism: give the private gradient to fedavg, with one step a round.")
+        raise FlJaxError("A full gradient, a sum over batches, is not a private mechanism: give the private gradient to fedavg, with one step a round.")
 
     def begin(key: Key, shared: Variables, kept: PyTree, site: Site) -> Accumulation:
         del key, kept, site

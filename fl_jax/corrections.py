@@ -8,9 +8,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fl_jax.clients import Training
-from fl_jax.types import Array, Batch, Client, Key, Metrics, PyTree, Site, Variables
+from fl_jax.errors import FlJaxError
+from fl_jax.measured import Measure
+from fl_jax.types import Array, Batch, Client, Key, Metrics, PyTree, Site, Variables, not_private
+
+
+class Way(NamedTuple):
+    """A site's round, as a correction learns from it. moved: how far it went, start - end, like params. steps: float32, how many it made.
+    measured: what Correction.measure found before the first; None without."""
+
+    moved: PyTree
+    steps: Array
+    measured: PyTree
 
 
 class Correction(NamedTuple):
@@ -18,14 +30,16 @@ class Correction(NamedTuple):
 
     init:   (params) -> (control, own): what is broadcast beside the variables, and what a site keeps; params as they are shared, None
             where a leaf stays at the site
-    term:   (control, own) -> like params, added where the optimizer has transforms.add_term; None if nothing is
-    update: (control, own, moved, steps) -> (message like control, own). moved: how far the site went, start - end, like params. steps:
-            float32, how many it made
+    term:   (control, own) -> the `term` of the round, for the site's optimizer: like params where it has transforms.add_term; None if it has
+            no use for one
+    update: (control, own, way) -> (message like control, own)
+    measure: what the site measures of the broadcast model on all its records (fl_jax.measured); None: nothing
     """
 
     init: Callable[[PyTree], tuple[PyTree, PyTree]]
     term: Callable[[PyTree, PyTree], PyTree]
-    update: Callable[[PyTree, PyTree, PyTree, Array], tuple[PyTree, PyTree]]
+    update: Callable[[PyTree, PyTree, Way], tuple[PyTree, PyTree]]
+    measure: Measure | None = None
 
 
 class Corrected(NamedTuple):
@@ -42,10 +56,18 @@ class Own(NamedTuple):
     control: PyTree
 
 
+class Correcting(NamedTuple):
+    """What a corrected client carries from step to step. measured: before the first."""
+
+    training: Training
+    measured: PyTree
+
+
 def corrected(client: Client, correction: Correction) -> Client:
     """`client`, of clients.local_training, with a correction; its messages and what is broadcast are `Corrected`.
 
-    Record-level privacy is the client's own: a correction is made of what was sent, and of what the private steps made of the site.
+    Record-level privacy is the client's own, since a correction is made of what was sent, and of what the private steps made of the site;
+    with a correction that measures there is none.
     """
 
     def init(variables: Variables) -> tuple[Corrected, Own]:
@@ -53,22 +75,24 @@ def corrected(client: Client, correction: Correction) -> Client:
         control, own = correction.init(shared.params)
         return Corrected(shared, control), Own(kept, own)
 
-    def begin(key: Key, shared: Corrected, kept: Own, site: Site) -> Training:
+    def begin(key: Key, shared: Corrected, kept: Own, site: Site) -> Correcting:
         training = client.begin(key, shared.variables, kept.client, site)
-        return training._replace(term=correction.term(shared.control, kept.control))
+        training = training._replace(term=correction.term(shared.control, kept.control))
+        return Correcting(training, None if correction.measure is None else correction.measure(key, training.variables, site))
 
-    def step(key: Key, carry: Training, shared: Corrected, batch: Batch) -> Training:
-        return client.step(key, carry, shared.variables, batch)
+    def step(key: Key, carry: Correcting, shared: Corrected, batch: Batch) -> Correcting:
+        return carry._replace(training=client.step(key, carry.training, shared.variables, batch))
 
-    def end(carry: Training, shared: Corrected, kept: Own) -> tuple[Corrected, Own, Metrics]:
-        message, own, metrics = client.end(carry, shared.variables, kept.client)
-        control, mine = correction.update(shared.control, kept.control, message.params, carry.steps.astype(jnp.float32))
+    def end(carry: Correcting, shared: Corrected, kept: Own) -> tuple[Corrected, Own, Metrics]:
+        message, own, metrics = client.end(carry.training, shared.variables, kept.client)
+        way = Way(message.params, carry.training.steps.astype(jnp.float32), carry.measured)
+        control, mine = correction.update(shared.control, kept.control, way)
         return Corrected(message, control), Own(own, mine), metrics
 
     def model(shared: Corrected, kept: Own) -> Variables:
         return client.model(shared.variables, kept.client)
 
-    return Client(init, begin, step, end, model, client.batches, client.event)
+    return Client(init, begin, step, end, model, client.batches, client.event if correction.measure is None else not_private)
 
 
 def control_variates(learning_rate: float | Array) -> Correction:
@@ -85,9 +109,9 @@ def control_variates(learning_rate: float | Array) -> Correction:
     def term(control: PyTree, own: PyTree) -> PyTree:
         return jax.tree.map(jnp.subtract, control, own)
 
-    def update(control: PyTree, own: PyTree, moved: PyTree, steps: Array) -> tuple[PyTree, PyTree]:
-        scale = 1 / (jnp.maximum(steps, 1) * learning_rate)
-        new = jax.tree.map(lambda mine, c, d: jnp.where(steps > 0, mine - c + scale * d, mine), own, control, moved)
+    def update(control: PyTree, own: PyTree, way: Way) -> tuple[PyTree, PyTree]:
+        scale = 1 / (jnp.maximum(way.steps, 1) * learning_rate)
+        new = jax.tree.map(lambda mine, c, d: jnp.where(way.steps > 0, mine - c + scale * d, mine), own, control, way.moved)
         return jax.tree.map(jnp.subtract, own, new), new
 
     return Correction(init, term, update)
@@ -97,9 +121,8 @@ def dynamic_regularizer(alpha: float | Array) -> Correction:
     """FedDyn's linear term: gradients get -h_i, and h_i becomes h_i - alpha (y_i - x) (Acar et al. 2021, "Federated learning based on dynamic
     regularization", Algorithm 1). Nothing is broadcast or sent for it."""
 
-    def update(control: PyTree, own: PyTree, moved: PyTree, steps: Array) -> tuple[PyTree, PyTree]:
-        del steps
-        return control, jax.tree.map(lambda h, d: h + alpha * d, own, moved)
+    def update(control: PyTree, own: PyTree, way: Way) -> tuple[PyTree, PyTree]:
+        return control, jax.tree.map(lambda h, d: h + alpha * d, own, way.moved)
 
     return Correction(
         lambda params: ((), jax.tree.map(jnp.zeros_like, params)), lambda control, own: jax.tree.map(jnp.negative, own), update)
@@ -108,8 +131,33 @@ def dynamic_regularizer(alpha: float | Array) -> Correction:
 def counted(length: Callable[[Array], Array]) -> Correction:
     """No correction: the message says how long the site's way was, for aggregators.normalized_mean. length: (steps) -> float32."""
 
-    def update(control: PyTree, own: PyTree, moved: PyTree, steps: Array) -> tuple[PyTree, PyTree]:
-        del control, moved
-        return length(steps), own
+    def update(control: PyTree, own: PyTree, way: Way) -> tuple[PyTree, PyTree]:
+        del control
+        return length(way.steps), own
 
     return Correction(lambda params: (jnp.float32(0), ()), lambda control, own: None, update)
+
+
+def frozen_state(optimizer: optax.GradientTransformation, measure: Measure) -> Correction:
+    """The state of an optax optimizer comes with the model, as the term of transforms.frozen, and the message has the site's full gradient in
+    the place of each copy of the parameters in it (Mime-lite; `sent_gradient` reads it). Raises FlJaxError where parameters stay at sites."""
+
+    def init(params: PyTree) -> tuple[PyTree, PyTree]:
+        if any(leaf is None for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: leaf is None)):
+            raise FlJaxError("A broadcast optimizer state is of parameters that all sites share: take a BatchNorm policy that keeps none "
+                             "at the sites, such as norms.LOCAL_STATISTICS.")
+        return optimizer.init(params), ()
+
+    def update(control: PyTree, own: PyTree, way: Way) -> tuple[PyTree, PyTree]:
+        put = optax.tree.map_params(optimizer, lambda _, leaf: leaf, control, way.measured, transform_non_params=jnp.zeros_like)
+        return put, own
+
+    return Correction(init, lambda control, own: control, update, measure)
+
+
+def sent_gradient(optimizer: optax.GradientTransformation, control: PyTree, params: PyTree) -> PyTree:
+    """The gradient, like params, that messages of `frozen_state` have in their control; 0 for an optimizer whose state has no copy of them."""
+    found: list[Array] = []
+    optax.tree.map_params(optimizer, found.append, control)
+    leaves, structure = jax.tree.flatten(params)
+    return jax.tree.unflatten(structure, found[:len(leaves)] or [jnp.zeros_like(leaf) for leaf in leaves])

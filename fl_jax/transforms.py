@@ -40,6 +40,15 @@ def add_term() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+def frozen(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`optimizer` with a state that does not change in a round: the round's `term` (corrections.frozen_state)."""
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None, *, term: PyTree, **extra: PyTree):
+        return optax.with_extra_args_support(optimizer).update(updates, term, params, **extra)[0], state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def during(optimizer: optax.GradientTransformation, begin: float | Array, end: float | Array) -> optax.GradientTransformationExtraArgs:
     """`optimizer` while the share of a round's steps that are done is in [begin, end); no update and an unchanged state otherwise.
 

@@ -1,59 +1,38 @@
-"""SCAFFOLD, FedDyn and FedNova against NumPy, against FedAvg where they become it, and on problems that FedAvg provably does not solve."""
+"""SCAFFOLD, FedDyn, FedNova and Mime-lite against NumPy, against FedAvg where they become it, and on problems that FedAvg provably does not solve."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quadratics import (
+    COHORTS,
+    GRAMS,
+    KEY,
+    MODEL,
+    PULLS,
+    RATE,
+    SITES,
+    STEPS,
+    WHOLE,
+    after,
+    cohort_of,
+    descended,
+    mapped,
+    slope,
+    start_of,
+    weights_of,
+)
 
-from fl_jax import aggregators, algorithms, batches, models, sampling
+from fl_jax import aggregators, algorithms, gradients, norms, sampling
+from fl_jax.errors import FlJaxError
 from fl_jax.transforms import add_term, averaging_statistics
-from fl_jax.types import Cohort, Sites, Variables
-
-KEY = jax.random.key(0)
-RATE, STEPS = 0.05, 7
-SIZES = np.array([3, 5, 4, 6])
-RNG = np.random.default_rng(0)
-X = [RNG.normal(size=(n, 2)) * scale for n, scale in zip(SIZES, (0.5, 1.0, 1.5, 2.0), strict=True)]
-Y = [x @ w for x, w in zip(X, RNG.normal(size=(4, 2)) * 3, strict=True)]
-SITES = Sites(jnp.asarray(np.concatenate(X), jnp.float32), jnp.asarray(np.concatenate(Y), jnp.float32),
-              jnp.asarray(np.cumsum([0, *SIZES[:-1]]), jnp.int32), jnp.asarray(SIZES, jnp.int32))
-MODEL = models.bridge(models.LinearCox(), jnp.zeros((1, 2)), models.squared_error)
-WHOLE = batches.updates(STEPS, 6)  # every step sees all records of its site: no noise, so that NumPy can follow
-GRAMS = [2 * x.T @ x / len(x) for x in X]
-PULLS = [2 * x.T @ y / len(x) for x, y in zip(X, Y, strict=True)]
-
-
-def slope(i, w):
-    """The gradient of site i's mean squared error."""
-    return GRAMS[i] @ w - PULLS[i]
+from fl_jax.types import Variables
 
 
 def minimum(weights):
     """Where the weighted mean of the sites' losses has its minimum."""
     return np.linalg.solve(np.average(GRAMS, 0, weights), np.average(PULLS, 0, weights))
-
-
-def start_of(algorithm):
-    return algorithm.init(Variables({"Dense_0": {"kernel": jnp.zeros((2, 1))}}, {}), 4)
-
-
-def cohort_of(ids, weights=None, steps=STEPS):
-    ids = jnp.asarray(ids, jnp.int32)
-    weight = jnp.ones(len(ids)) if weights is None else jnp.asarray(weights, jnp.float32)
-    return Cohort(ids, weight, jnp.broadcast_to(jnp.asarray(steps, jnp.int32), ids.shape))
-
-
-def weights_of(state):
-    variables = getattr(state.shared, "variables", state.shared)
-    return np.asarray(variables.params["Dense_0"]["kernel"])[:, 0]
-
-
-def after(algorithm, cohorts):
-    state, round = start_of(algorithm), jax.jit(algorithm.round)
-    for cohort in cohorts:
-        state, metrics = round(KEY, state, cohort, SITES)
-    return state, metrics
 
 
 def converged(algorithm, draw, rounds=600):
@@ -71,9 +50,6 @@ def everyone(key):
 
 def two_of_four(key):
     return sampling.fixed_size(2, 4, sampling.equal).draw(key, 0, SITES)._replace(steps=jnp.full(2, STEPS, jnp.int32))
-
-
-COHORTS = [([0, 2, 3], [3.0, 1.0, 2.0], [7, 3, 5]), ([1, 2], [1.0, 4.0], [2, 6]), ([3, 0], [1.0, 1.0], [4, 4])]
 
 
 def test_scaffold_is_algorithm_1_under_partial_participation():
@@ -148,6 +124,48 @@ def test_special_cases_are_fedavg(algorithm, cohort):
     np.testing.assert_allclose(weights_of(found), weights_of(expected), rtol=1e-5)
 
 
+def averaged():
+    """What the rounds of COHORTS make by FedAvg."""
+    return weights_of(after(algorithms.fedavg(MODEL, optax.sgd(RATE), WHOLE), [cohort_of(*cohort) for cohort in COHORTS])[0])
+
+
+def test_mime_lite_is_algorithm_1_under_partial_participation():
+    """SGDm in NumPy: (1 - beta) g + beta m with the server's m, which then follows the full gradients at the broadcast model."""
+    betas = (0.0, 0.7)
+    states = mapped(lambda beta: algorithms.mime_lite(MODEL, RATE, WHOLE, momentum=beta), betas)
+    for k, beta in enumerate(betas):
+        w, m = np.zeros(2), np.zeros(2)
+        for ids, weight, steps in COHORTS:
+            found = [descended(i, w, count, lambda i, y, m=m, beta=beta: beta * (m - slope(i, y))) for i, count in zip(ids, steps, strict=True)]
+            m = (1 - beta) * np.average([slope(i, w) for i in ids], 0, weight) + beta * m
+            w = np.average(found, 0, weight)
+        np.testing.assert_allclose(weights_of(states)[k], w, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose((1 - beta) * states.shared.control[0].trace["Dense_0"]["kernel"][k, :, 0], m, rtol=1e-5)
+    np.testing.assert_allclose(weights_of(states)[0], averaged(), rtol=1e-5)
+
+
+def test_mime_lite_with_adam_freezes_both_moments():
+    """Each step has its own gradient's share of what the server broadcast, as if it were the server's next; none of it stays."""
+    rate, b1, b2, eps = 0.1, 0.8, 0.9, 1e-2
+    state, _ = after(algorithms.mime_lite(MODEL, 0.0, WHOLE, optimizer=optax.adam(rate, b1, b2, eps)), [cohort_of(*cohort) for cohort in COHORTS])
+    w, m, v = np.zeros(2), np.zeros(2), np.zeros(2)
+    for t, (ids, weight, steps) in enumerate(COHORTS, start=1):
+        found = []
+        for i, count in zip(ids, steps, strict=True):
+            y = w.copy()
+            for _ in range(count):
+                first, second = (1 - b1) * slope(i, y) + b1 * m, (1 - b2) * slope(i, y) ** 2 + b2 * v
+                y -= rate * first / (1 - b1**t) / (np.sqrt(second / (1 - b2**t)) + eps)
+            found.append(y)
+        mean = np.average([slope(i, w) for i in ids], 0, weight)
+        w, m, v = np.average(found, 0, weight), (1 - b1) * mean + b1 * m, (1 - b2) * mean**2 + b2 * v
+    np.testing.assert_allclose(weights_of(state), w, rtol=1e-4)
+    moments = state.shared.control[0]
+    assert int(moments.count) == 3
+    np.testing.assert_allclose(moments.mu["Dense_0"]["kernel"][:, 0], m, rtol=1e-4)
+    np.testing.assert_allclose(moments.nu["Dense_0"]["kernel"][:, 0], v, rtol=1e-4)
+
+
 def test_scaffold_and_feddyn_find_the_optimum_that_fedavg_provably_misses():
     """FedAvg's fixed point is where the ways of the sites cancel, sum_i (1 - (1 - lr A_i)^K) (w - w_i) = 0, which is not the minimum of the mean
     loss where curvatures differ."""
@@ -205,3 +223,13 @@ def test_a_servers_optimizer_leaves_controls_alone():
 def test_fednova_takes_no_other_aggregator():
     with pytest.raises(TypeError, match="aggregator of its own"):
         algorithms.fednova(MODEL, RATE, WHOLE, aggregator=aggregators.median())
+
+
+def test_mime_lite_shares_the_state_of_parameters_that_all_share(normed_model):
+    with pytest.raises(FlJaxError, match="LOCAL_STATISTICS"):
+        algorithms.mime_lite(normed_model, RATE, WHOLE, norms=norms.LOCAL).init(normed_model.init(KEY), 4)
+
+
+def test_mime_lite_takes_no_private_oracle():
+    with pytest.raises(FlJaxError, match="not a private mechanism"):
+        algorithms.mime_lite(MODEL, RATE, WHOLE, gradient=gradients.private(MODEL, 1.0, 1.0))

@@ -7,5 +7,5 @@ from fl_jax.aggregators.means import mean, median
 from fl_jax.aggregators.private import private_mean
 from fl_jax.aggregators.strategies import Strategy, banded, tree
 
-__all__ = ["Strategy", "banded", "distributed_private_mean", "mean", "median", "normalized_mean", "private_ftrl", "private_mean", "tree",
-           "with_control"]
+__all__ = ["Strategy", "banded", "distributed_private_mean", "mean", "median", "normalized_mean", "private_ftrl", "private_mean",
+           "tree", "with_control"]

@@ -9,25 +9,42 @@ from fl_jax.corrections import Corrected
 from fl_jax.types import Aggregator, Array, Key, Metrics, PyTree, Variables
 
 
-def with_control(aggregator: Aggregator) -> Aggregator:
-    """`aggregator` for the variables; for the control half the sum over those who took part, each counted once, over the number of all
-    clients (SCAFFOLD, Algorithm 1, line 17): whatever the cohort's weights, the server's control stays the mean of the clients'.
+def with_control(aggregator: Aggregator, control: Aggregator | None = None) -> Aggregator:
+    """`aggregator` for the variables, and another one, which does not stack, for the control half: by default `per_client`.
 
-    What the variables' aggregator promises of privacy it does not promise of controls, so that the event is not private.
+    What the variables' aggregator promises of privacy it does not promise of controls, so that the event is not private, and a round
+    without participants changes nothing.
     """
+    control = control or per_client()
 
-    def init(shared: Corrected, num_clients: int) -> tuple[PyTree, Array]:
-        return aggregator.init(shared.variables, num_clients), jnp.float32(num_clients)
+    def init(shared: Corrected, num_clients: int) -> tuple[PyTree, PyTree]:
+        return aggregator.init(shared.variables, num_clients), control.init(shared.control, num_clients)
 
-    def lift(key: Key, state: tuple[PyTree, Array], weight: Array, message: Corrected) -> tuple[PyTree, PyTree]:
-        return aggregator.lift(key, state[0], weight, message.variables), optax.tree.scale(jnp.float32(weight > 0), message.control)
+    def lift(key: Key, state: tuple[PyTree, PyTree], weight: Array, message: Corrected) -> tuple[PyTree, PyTree]:
+        return aggregator.lift(key, state[0], weight, message.variables), control.lift(key, state[1], weight, message.control)
 
-    def combine(key: Key, state: tuple[PyTree, Array], total: tuple[PyTree, PyTree]) -> tuple[Corrected, PyTree, Metrics]:
+    def combine(key: Key, state: tuple[PyTree, PyTree], total: tuple[PyTree, PyTree]) -> tuple[Corrected, PyTree, Metrics]:
         variables, inner, metrics = aggregator.combine(key, state[0], total[0])
         controls = jax.tree.map(lambda leaf: leaf.sum(0), total[1]) if aggregator.stacked else total[1]
-        return Corrected(variables, optax.tree.scale(1 / state[1], controls)), (inner, state[1]), metrics
+        answer, other, more = control.combine(key, state[1], controls)
+        return Corrected(variables, answer), (inner, other), metrics | more
 
-    return Aggregator(init, lift, combine, stacked=aggregator.stacked, acts_when_empty=aggregator.acts_when_empty)
+    return Aggregator(init, lift, combine, stacked=aggregator.stacked)
+
+
+def per_client() -> Aggregator:
+    """The sum over those who took part, each counted once, over the number of all clients (SCAFFOLD, Algorithm 1, line 17): whatever the
+    cohort's weights, the server's control stays the mean of the clients'."""
+
+    def lift(key: Key, state: Array, weight: Array, message: PyTree) -> PyTree:
+        del key, state
+        return optax.tree.scale(jnp.float32(weight > 0), message)
+
+    def combine(key: Key, state: Array, total: PyTree) -> tuple[PyTree, Array, Metrics]:
+        del key
+        return optax.tree.scale(1 / state, total), state, {}
+
+    return Aggregator(lambda shared, num_clients: jnp.float32(num_clients), lift, combine)
 
 
 def normalized_mean() -> Aggregator:

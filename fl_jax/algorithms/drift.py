@@ -1,4 +1,5 @@
-"""Algorithms that train one global model and undo the drift of clients whose data or steps differ: SCAFFOLD, FedDyn, FedNova."""
+"""Algorithms that train one global model and undo the drift of clients whose data or steps differ: SCAFFOLD, FedDyn, FedNova,
+Mime-lite."""
 
 from typing import Unpack
 
@@ -6,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fl_jax import aggregators, corrections
-from fl_jax.algorithms.averaging import Options, Scalar, aggregator_of, joined, local_client, sent_by
+from fl_jax import aggregators, corrections, measured
+from fl_jax.algorithms.averaging import Options, Scalar, aggregator_of, joined, local_client, oracle_of, sent_by
 from fl_jax.corrections import Corrected, Correction
-from fl_jax.transforms import add_term, averaging_statistics, proximal
+from fl_jax.transforms import add_term, averaging_statistics, frozen, proximal
 from fl_jax.types import Array, Batches, Client, FederatedAlgorithm, Model, PyTree, Variables
 
 
@@ -25,7 +26,7 @@ def scaffold(
     clients that took part, which keeps it the mean of theirs. Down and up, a client sends twice what FedAvg does.
     """
     optimizer = optax.chain(add_term(), optax.sgd(learning_rate)) if optimizer is None else optimizer
-    client = _corrected(model, optimizer, batches, corrections.control_variates(learning_rate), options)
+    client = corrected_client(model, optimizer, batches, corrections.control_variates(learning_rate), options)
     server = averaging_statistics(optax.sgd(server_learning_rate), others=optax.sgd(1.0))
     return joined(model, client, options, aggregator=aggregators.with_control(aggregator_of(options)), server=server)
 
@@ -39,7 +40,7 @@ def feddyn(
     The paper's mean is over clients, not records: use sampling with `sampling.equal`. A site keeps one copy of the parameters.
     """
     optimizer = optax.chain(add_term(), proximal(alpha), optimizer)
-    client = _corrected(model, optimizer, batches, corrections.dynamic_regularizer(alpha), options)
+    client = corrected_client(model, optimizer, batches, corrections.dynamic_regularizer(alpha), options)
     return joined(model, client, options, aggregator=aggregators.with_control(aggregator_of(options)), server=_with_memory(alpha))
 
 
@@ -53,21 +54,49 @@ def fednova(
     momentum: of the sites' SGD, in which tau steps have the length (tau - m (1 - m^tau) / (1 - m)) / (1 - m) (section 4). optimizer: by
     default that SGD; another one needs a length that this formula gives.
     """
-    if "aggregator" in options:
-        raise TypeError("FedNova is an aggregator of its own: leave out `aggregator`.")
+    of_its_own("FedNova", "aggregator", options)
 
     def length(steps: Array) -> Array:
         return (steps - momentum * (1 - jnp.float32(momentum) ** steps) / (1 - momentum)) / (1 - momentum)
 
     optimizer = optax.sgd(learning_rate, momentum) if optimizer is None else optimizer
-    client = _corrected(model, optimizer, batches, corrections.counted(length), options)
+    client = corrected_client(model, optimizer, batches, corrections.counted(length), options)
     return joined(model, client, options, aggregator=aggregators.normalized_mean())
 
 
-def _corrected(
+def mime_lite(
+    model: Model, learning_rate: Scalar, batches: Batches, *, momentum: Scalar = 0.9, optimizer: optax.GradientTransformation | None = None,
+    **options: Unpack[Options],
+) -> FederatedAlgorithm:
+    """Mime-lite: sites step with the server's optimizer, whose statistics are frozen in a round; after it they follow the mean of the sites' full
+    gradients at the broadcast model (Karimireddy et al. 2021, "Breaking the centralized barrier for cross-device federated learning",
+    Algorithm 1, MimeLite). Momentum 0 is FedAvg.
+
+    momentum: beta of the paper's SGDm, whose direction is (1 - beta) g + beta m with m <- (1 - beta) g + beta m; .9 as in its experiments.
+    optimizer: another one of optax. Its update with the frozen state is the step and what it would make of that state is dropped, so that
+    Adam's step has this batch's share of the second moment, as in FedJAX; a schedule counts rounds. Both means have the cohort's
+    weights. A site passes twice over its records, once for its full gradient, in training mode (BatchNorm by batch), and keeps nothing;
+    it receives and sends the state beside the model. The full gradient is exact: a private oracle is refused.
+    """
+    if optimizer is None:
+        optimizer = optax.sgd((1 - momentum) * learning_rate, momentum)  # whose trace is the paper's m over 1 - beta
+    correction = corrections.frozen_state(optimizer, measured.full_gradient(oracle_of(model, options), batches.size))
+    client = corrected_client(model, frozen(optimizer), batches, correction, options)
+    aggregator = aggregators.with_control(aggregator_of(options), aggregators.mean())
+    return joined(model, client, options, aggregator=aggregator, server=_following(optimizer))
+
+
+def corrected_client(
     model: Model, optimizer: optax.GradientTransformation, batches: Batches, correction: Correction, options: Options
 ) -> Client:
+    """The client of `fedavg` with a correction, and then its uplink."""
     return sent_by(corrections.corrected(local_client(model, optimizer, batches, options), correction), options)
+
+
+def of_its_own(name: str, part: str, options: Options) -> None:
+    """Raises TypeError where the options have a part that the algorithm of this name is made of."""
+    if part in options:
+        raise TypeError(f"{name} works by the {part} of its own: leave out `{part}`.")
 
 
 def _with_memory(alpha: Scalar) -> optax.GradientTransformationExtraArgs:
@@ -84,3 +113,14 @@ def _with_memory(alpha: Scalar) -> optax.GradientTransformationExtraArgs:
         return Corrected(Variables(stepped, jax.tree.map(jnp.negative, stats)), updates.control), memory
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _following(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Mime-lite's server: averages models, and the broadcast state of `optimizer` follows the mean gradient."""
+
+    def update(updates: Corrected, state: optax.EmptyState, shared: Corrected):
+        gradient = corrections.sent_gradient(optimizer, updates.control, shared.variables.params)
+        _, after = optimizer.update(gradient, shared.control, shared.variables.params)
+        return Corrected(optax.tree.scale(-1, updates.variables), optax.tree.sub(after, shared.control)), state
+
+    return optax.GradientTransformation(lambda shared: optax.EmptyState(), update)
