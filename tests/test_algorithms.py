@@ -36,6 +36,8 @@ ALGORITHMS: dict[str, Callable[[Model, Engine], FederatedAlgorithm]] = {
     "feddyn": lambda model, engine: algorithms.feddyn(model, SGD, BATCHES, 0.1, engine=engine),
     "fednova": lambda model, engine: algorithms.fednova(model, 0.1, BATCHES, momentum=0.5, engine=engine),
     "mime_lite": lambda model, engine: algorithms.mime_lite(model, 0.1, BATCHES, engine=engine),
+    "moon": lambda model, engine: algorithms.moon(
+        model, SGD, BATCHES, "Dense_1", 1.0, norms=norms.LOCAL_STATISTICS, engine=engine),
     "quantized scaffold": lambda model, engine: algorithms.scaffold(
         model, 0.1, BATCHES, uplink=uplink.quantize(8), norms=norms.LOCAL, engine=engine),
     "fedbn": lambda model, engine: algorithms.fedbn(model, optax.sgd(0.05, 0.9), SHUFFLED, engine=engine),
