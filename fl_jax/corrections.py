@@ -138,6 +138,22 @@ def counted(length: Callable[[Array], Array]) -> Correction:
     return Correction(lambda params: (jnp.float32(0), ()), lambda control, own: None, update)
 
 
+class Pull(NamedTuple):
+    """mu: of the proximal term; 0 in a message. loss: of the site, in a message; 0 as it is broadcast."""
+
+    mu: Array
+    loss: Array
+
+
+def broadcast_pull(mu: float | Array, measure: Measure) -> Correction:
+    """FedProx's mu comes with the model, as the term of transforms.proximal(None), and the message says what the loss was."""
+
+    def update(control: Pull, own: PyTree, way: Way) -> tuple[Pull, PyTree]:
+        return Pull(jnp.zeros_like(control.mu), way.measured), own
+
+    return Correction(lambda params: (Pull(jnp.float32(mu), jnp.float32(0)), ()), lambda control, own: control.mu, update, measure)
+
+
 def frozen_state(optimizer: optax.GradientTransformation, measure: Measure) -> Correction:
     """The state of an optax optimizer comes with the model, as the term of transforms.frozen, and the message has the site's full gradient in
     the place of each copy of the parameters in it (Mime-lite; `sent_gradient` reads it). Raises FlJaxError where parameters stay at sites."""

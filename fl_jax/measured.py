@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from fl_jax import batches, clients
 from fl_jax.core import alone
-from fl_jax.types import Array, Batches, Gradient, Key, PyTree, Site, Variables
+from fl_jax.site_loss import site_loss
+from fl_jax.types import Array, Batches, Gradient, Key, Model, PyTree, Site, Variables
 
 Measure = Callable[[Key, Variables, Site], PyTree]
 """(key, what the site begins the round with, the site and its records) -> what it measures."""
@@ -20,6 +21,13 @@ def in_order(batch_size: int) -> Batches:
         return jnp.minimum(position, num_records - 1), (position < num_records).astype(jnp.float32)
 
     return batches.epochs(1, batch_size)._replace(order=lambda key, num_records: num_records, draw=draw)
+
+
+def mean_loss(model: Model, chunk: int) -> Measure:
+    """The site's mean loss, float32, in evaluation mode: running statistics and no dropout. See site_loss.site_loss, also for what it
+    refuses."""
+    loss = site_loss(model, chunk)
+    return lambda key, variables, site: loss(variables, site)
 
 
 def full_gradient(gradient: Gradient, batch_size: int) -> Measure:

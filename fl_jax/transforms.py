@@ -12,15 +12,17 @@ from fl_jax import trees
 from fl_jax.types import Array, PyTree
 
 
-def proximal(mu: float | Array) -> optax.GradientTransformationExtraArgs:
+def proximal(mu: float | Array | None) -> optax.GradientTransformationExtraArgs:
     """Adds mu (w - w_round) to the gradient: the gradient of FedProx's term mu/2 |w - w_round|^2 (Li et al. 2020, eq. 2).
 
     `update` takes the round's broadcast parameters as the extra argument `anchor`, which every client of fl_jax passes; so no lane
-    keeps a copy of them. A leaf whose anchor is None (it stays at the site) is left alone. mu may be a tracer.
+    keeps a copy of them. A leaf whose anchor is None (it stays at the site) is left alone. mu may be a tracer; None: it is the round's
+    `term` (corrections.broadcast_pull).
     """
 
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None, *, anchor: PyTree, **_: PyTree):
-        pulled = jax.tree.map(lambda g, w, a: g if a is None else g + mu * (w - a), updates, params, anchor)
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None, *, anchor: PyTree, term: PyTree = None, **_: PyTree):
+        strength = term if mu is None else mu
+        pulled = jax.tree.map(lambda g, w, a: g if a is None else g + strength * (w - a), updates, params, anchor)
         return pulled, state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

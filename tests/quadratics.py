@@ -28,6 +28,11 @@ def slope(i, w):
     return GRAMS[i] @ w - PULLS[i]
 
 
+def loss(i, w):
+    """The mean squared error of site i."""
+    return np.mean((X[i] @ w - Y[i]) ** 2)
+
+
 def descended(i, w, count, extra=lambda i, y: 0):
     """Where `count` steps of gradient descent at site i lead from w, with extra(i, y) added to each gradient."""
     y = np.array(w)

@@ -1,4 +1,4 @@
-"""SCAFFOLD, FedDyn, FedNova and Mime-lite against NumPy, against FedAvg where they become it, and on problems that FedAvg provably does not solve."""
+"""SCAFFOLD, FedDyn, FedNova, Mime-lite and adaptive FedProx against NumPy, against FedAvg where they become it, and on problems that FedAvg provably does not solve."""
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,17 @@ from quadratics import (
     after,
     cohort_of,
     descended,
+    loss,
     mapped,
     slope,
     start_of,
     weights_of,
 )
 
-from fl_jax import aggregators, algorithms, gradients, norms, sampling
+from fl_jax import aggregators, algorithms, batches, gradients, models, norms, sampling
 from fl_jax.errors import FlJaxError
 from fl_jax.transforms import add_term, averaging_statistics
-from fl_jax.types import Variables
+from fl_jax.types import Cohort, Sites, Variables
 
 
 def minimum(weights):
@@ -166,6 +167,59 @@ def test_mime_lite_with_adam_freezes_both_moments():
     np.testing.assert_allclose(moments.nu["Dense_0"]["kernel"][:, 0], v, rtol=1e-4)
 
 
+def test_fedprox_with_adaptive_mu_in_numpy():
+    """The loss of the broadcast model moves the mu of the next round, over rounds of other sites, in which it rises and falls. A mu that
+    begins at 0 and does not change is FedAvg's."""
+    cohorts, points = COHORTS * 3, ([0.3, 0.25], [0.0, 0.25], [0.7, 0.0])
+    states = mapped(lambda mu, change: algorithms.fedprox_adaptive(MODEL, optax.sgd(RATE), WHOLE, mu, change=change, patience=1),
+                    *zip(*points, strict=True), cohorts=cohorts)
+    for k, (mu, change) in enumerate(points):
+        w, last, seen = np.zeros(2), None, {mu}
+        for ids, weight, steps in cohorts:
+            now = np.average([loss(i, w) for i in ids], weights=weight)
+            pull = [descended(i, w, count, lambda i, y, w=w, mu=mu: mu * (y - w)) for i, count in zip(ids, steps, strict=True)]
+            w = np.average(pull, 0, weight)
+            if last is not None:
+                mu = max(mu + change * np.sign(now - last), 0)
+            seen, last = seen | {mu}, now
+        assert len(seen) > 1 or change == 0
+        assert float(states.shared.control.mu[k]) == pytest.approx(mu)
+        np.testing.assert_allclose(weights_of(states)[k], w, rtol=1e-4, atol=1e-5)
+
+
+def test_fedprox_with_a_mu_that_no_rising_loss_lifts_from_0_is_fedavg():
+    cohorts = [cohort_of(range(4), [1.0, 2.0, 3.0, 4.0])] * 4
+    state, _ = after(algorithms.fedprox_adaptive(MODEL, optax.sgd(RATE), WHOLE), cohorts)
+    expected, _ = after(algorithms.fedavg(MODEL, optax.sgd(RATE), WHOLE), cohorts)
+    assert float(state.shared.control.mu) == 0 and int(state.server.falls) == 3
+    np.testing.assert_allclose(weights_of(state), weights_of(expected), rtol=1e-6)
+
+
+def test_mu_follows_a_sequence_of_losses_as_published():
+    """The model stands still, and each round has one of ten sites, whose losses are 0 to 9."""
+    sites = Sites(jnp.ones((10, 1)), jnp.sqrt(jnp.arange(10.0)), jnp.arange(10), jnp.ones(10, jnp.int32))
+    model = models.bridge(models.LinearCox(), jnp.zeros((1, 1)), models.squared_error)
+
+    @jax.jit
+    def mus(start, losses):
+        algorithm = algorithms.fedprox_adaptive(model, optax.sgd(0.0), batches.updates(1, 1), start)
+
+        def one(state, id):
+            state, _ = algorithm.round(KEY, state, Cohort(id[None], jnp.ones(1), jnp.ones(1, jnp.int32)), sites)
+            return state, state.shared.control.mu
+
+        return jax.lax.scan(one, algorithm.init(Variables({"Dense_0": {"kernel": jnp.zeros((1, 1))}}, {}), 10), losses)[1]
+
+    for start, losses, expected in [
+        (0.0, "987654321678", [0] * 9 + [0.1, 0.2, 0.3]),  # it cannot fall from 0
+        (0.0, "567665432100", [0, 0.1, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.1, 0.1, 0.1]),  # equal losses begin a series anew
+        (1.0, "987654321012", [1, 1, 1, 1, 1, 0.9, 0.9, 0.9, 0.9, 0.9, 1.0, 1.1]),  # nine falls are not twice five
+        (1.0, "997654321043", [1, 1, 1, 1, 1, 1, 0.9, 0.9, 0.9, 0.9, 1.0, 1.0]),
+        (0.15, "876543987654", [0.15, 0.15, 0.15, 0.15, 0.15, 0.05, 0.15, 0.15, 0.15, 0.15, 0.15, 0.05]),
+    ]:
+        np.testing.assert_allclose(mus(start, jnp.array([int(digit) for digit in losses])), expected, atol=1e-6)
+
+
 def test_scaffold_and_feddyn_find_the_optimum_that_fedavg_provably_misses():
     """FedAvg's fixed point is where the ways of the sites cancel, sum_i (1 - (1 - lr A_i)^K) (w - w_i) = 0, which is not the minimum of the mean
     loss where curvatures differ."""
@@ -225,11 +279,18 @@ def test_fednova_takes_no_other_aggregator():
         algorithms.fednova(MODEL, RATE, WHOLE, aggregator=aggregators.median())
 
 
+def test_what_is_measured_of_records_is_not_private():
+    """Whatever the oracle and the aggregator promise of the model, they do not of a loss or a gradient that is sent beside it."""
+    private = {"gradient": gradients.private(MODEL, 1.0, 1.0), "aggregator": aggregators.private_mean(1.0, 1.0, 4)}
+    fedavg = algorithms.fedavg(MODEL, optax.sgd(RATE), WHOLE, **private)
+    adaptive = algorithms.fedprox_adaptive(MODEL, optax.sgd(RATE), WHOLE, **private)
+    nothing = aggregators.mean().event
+    assert fedavg.record_event(10) != nothing and fedavg.client_event != nothing
+    assert adaptive.record_event(10) == nothing and adaptive.client_event == nothing
+    with pytest.raises(FlJaxError, match="not a private mechanism"):
+        algorithms.mime_lite(MODEL, RATE, WHOLE, **private)
+
+
 def test_mime_lite_shares_the_state_of_parameters_that_all_share(normed_model):
     with pytest.raises(FlJaxError, match="LOCAL_STATISTICS"):
         algorithms.mime_lite(normed_model, RATE, WHOLE, norms=norms.LOCAL).init(normed_model.init(KEY), 4)
-
-
-def test_mime_lite_takes_no_private_oracle():
-    with pytest.raises(FlJaxError, match="not a private mechanism"):
-        algorithms.mime_lite(MODEL, RATE, WHOLE, gradient=gradients.private(MODEL, 1.0, 1.0))

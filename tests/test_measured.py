@@ -18,6 +18,16 @@ def at_every_site(measure, variables, sites):
     return jax.jit(lambda: jax.lax.map(at, jnp.arange(len(sites.size))))()
 
 
+def test_the_loss_is_the_mean_over_the_sites_records_in_evaluation_mode(normed_model, sites):
+    """With running statistics, not those of the batch."""
+    variables = normed_model.init(KEY)
+    variables = variables._replace(stats=jax.tree.map(lambda leaf: leaf + 0.7, variables.stats))
+    found = at_every_site(measured.mean_loss(normed_model, 3), variables, sites)
+    losses = normed_model.evaluate(normed_model.predict(variables, sites.x), sites.y)
+    expected = [np.mean(losses[o:o + n]) for o, n in zip(np.asarray(sites.offset), SIZES, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("size", [3, 16])
 def test_the_full_gradient_is_that_of_the_mean_loss(plain_model, sites, size):
     """Of softmax regression, in float64 NumPy."""

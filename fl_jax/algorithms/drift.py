@@ -1,7 +1,7 @@
-"""Algorithms that train one global model and undo the drift of clients whose data or steps differ: SCAFFOLD, FedDyn, FedNova,
-Mime-lite, MOON."""
+"""Algorithms that train one global model and undo the drift of clients whose data or steps differ: SCAFFOLD, FedDyn, FedNova, Mime-lite,
+MOON, and FedProx with a mu that adapts."""
 
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 
 from fl_jax import aggregators, contrastive, corrections, measured
 from fl_jax.algorithms.averaging import Options, Scalar, aggregator_of, joined, local_client, oracle_of, sent_by
-from fl_jax.corrections import Corrected, Correction
+from fl_jax.corrections import Corrected, Correction, Pull
 from fl_jax.transforms import add_term, averaging_statistics, frozen, proximal
 from fl_jax.types import Array, Batches, Client, FederatedAlgorithm, Model, PyTree, Variables
 
@@ -103,6 +103,24 @@ def moon(
     return joined(model, sent_by(contrastive.remembering(client), options), options)
 
 
+def fedprox_adaptive(
+    model: Model, optimizer: optax.GradientTransformation, batches: Batches, mu: Scalar = 0.0, *, change: Scalar = 0.1,
+    patience: int = 5, **options: Unpack[Options],
+) -> FederatedAlgorithm:
+    """FedProx whose mu moves at the server: up by `change` when the loss rises, down by it, and not below 0, when the loss has fallen `patience`
+    rounds in a row, which are then counted anew (Li et al. 2020, "Federated optimization in heterogeneous networks", appendix C.3.3;
+    mu starts at 1 for its IID data and at 0 for the others, both meant to be wrong). A change of 0 is FedProx.
+
+    The loss is that of the broadcast model, in evaluation mode, over all records of the cohort's sites, with the cohort's weights: the
+    paper's f(w) where all take part; else it also moves with who was drawn. What it says of the model of a round changes the mu of the
+    next. A site passes once more over its records, forward, and sends a number, which is exact: no private oracle covers it.
+    """
+    correction = corrections.broadcast_pull(mu, measured.mean_loss(model, batches.size))
+    client = corrected_client(model, optax.chain(proximal(None), optimizer), batches, correction, options)
+    aggregator = aggregators.with_control(aggregator_of(options), aggregators.mean())
+    return joined(model, client, options, aggregator=aggregator, server=_moving_pull(change, patience))
+
+
 def corrected_client(
     model: Model, optimizer: optax.GradientTransformation, batches: Batches, correction: Correction, options: Options
 ) -> Client:
@@ -141,3 +159,24 @@ def _following(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
         return Corrected(optax.tree.scale(-1, updates.variables), optax.tree.sub(after, shared.control)), state
 
     return optax.GradientTransformation(lambda shared: optax.EmptyState(), update)
+
+
+class Trend(NamedTuple):
+    """loss: float32, of the last round. falls: int32, how many rounds in a row it has fallen; -1 before the first."""
+
+    loss: Array
+    falls: Array
+
+
+def _moving_pull(change: Scalar, patience: int) -> optax.GradientTransformation:
+    """The server of FedProx with adaptive mu: averages models, and moves the broadcast mu by the mean loss."""
+
+    def update(updates: Corrected, trend: Trend, shared: Corrected):
+        loss, mu = updates.control.loss, shared.control.mu
+        falls = jnp.where(loss < trend.loss, trend.falls + 1, 0)
+        enough = falls >= patience
+        after = jnp.maximum(mu + jnp.where(loss > trend.loss, change, 0) - jnp.where(enough, change, 0), 0)
+        control = Pull(after - mu, jnp.zeros_like(loss))
+        return Corrected(optax.tree.scale(-1, updates.variables), control), Trend(loss, jnp.where(enough, 0, falls))
+
+    return optax.GradientTransformation(lambda shared: Trend(jnp.float32(jnp.inf), jnp.int32(-1)), update)
