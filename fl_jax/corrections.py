@@ -138,6 +138,22 @@ def counted(length: Callable[[Array], Array]) -> Correction:
     return Correction(lambda params: (jnp.float32(0), ()), lambda control, own: None, update)
 
 
+class Tilt(NamedTuple):
+    """log: of a message's weight, for aggregators.tilted_mean, which makes 0 of it. broadcast: like what else the server broadcasts."""
+
+    log: Array
+    broadcast: PyTree
+
+
+def told_loss(measure: Measure) -> Correction:
+    """No correction: the log weight of the message is that of the site's loss (q-FedAvg). measure: of a mean loss, taken as 1e-10 or more."""
+
+    def update(control: Tilt, own: PyTree, way: Way) -> tuple[Tilt, PyTree]:
+        return Tilt(jnp.log(jnp.maximum(way.measured, 1e-10)), control.broadcast), own
+
+    return Correction(lambda params: (Tilt(jnp.float32(0), ()), ()), lambda control, own: None, update, measure)
+
+
 class Pull(NamedTuple):
     """mu: of the proximal term; 0 in a message. loss: of the site, in a message; 0 as it is broadcast."""
 

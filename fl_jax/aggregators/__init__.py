@@ -6,6 +6,7 @@ from fl_jax.aggregators.ftrl import private_ftrl
 from fl_jax.aggregators.means import mean, median
 from fl_jax.aggregators.private import private_mean
 from fl_jax.aggregators.strategies import Strategy, banded, tree
+from fl_jax.aggregators.tilted import tilted_mean
 
 __all__ = ["Strategy", "banded", "distributed_private_mean", "mean", "median", "normalized_mean", "private_ftrl", "private_mean",
-           "tree", "with_control"]
+           "tilted_mean", "tree", "with_control"]
