@@ -67,14 +67,13 @@ def federate(
         clients = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_clients, *jnp.shape(leaf))), kept)
         return State(jnp.int32(0), shared, server.init(shared), aggregator.init(shared, num_clients), clients)
 
-    def round(key: Key, state: State, cohort: Cohort, sites: Sites) -> tuple[State, RoundMetrics]:
+    def visit(key: Key, state: State, cohort: Cohort, sites: Sites) -> tuple[State, RoundMetrics]:
         site_key, server_key = jax.random.split(key)
         num_clients = sites.size.shape[0]
         size = jnp.take(sites.size, cohort.ids, mode="clip")
         active = (cohort.ids >= 0) & (cohort.ids < num_clients) & (cohort.weight > 0) & (size > 0)
         steps = jnp.where(active, jnp.minimum(client.batches.steps(size), cohort.steps), 0).astype(jnp.int32)
-        tasks = _Tasks(cohort.ids, cohort.weight, jnp.take(sites.offset, cohort.ids, mode="clip"), size, steps,
-                       trees.rows(state.clients, cohort.ids))
+        tasks = _Tasks(cohort.ids, cohort.weight, jnp.take(sites.offset, cohort.ids, mode="clip"), size, steps, state.clients)
         work = partial(_work, client, aggregator, lanes)
         queues = schedule.deal(cohort.ids, steps, num_devices)
         inputs = (site_key, state.shared, state.aggregator, tasks, sites)
@@ -92,7 +91,7 @@ def federate(
             after = trees.select(participants > 0, after, state)
         # a site that did not take part, or whose message was not finite, keeps what it had
         accepted = done.reports["participated"] > 0
-        clients = trees.set_rows(after.clients, jnp.where(accepted, cohort.ids, num_clients), done.kept)
+        clients = jax.vmap(trees.select)(accepted, done.kept, state.clients)
         metrics = {
             "participants": participants,
             "nonfinite": jnp.sum(done.reports["nonfinite"]),
@@ -102,6 +101,12 @@ def federate(
             **reported,
         }
         return after._replace(round=state.round + 1, clients=clients), RoundMetrics(done.reports, metrics)
+
+    def round(key: Key, state: State, cohort: Cohort, sites: Sites) -> tuple[State, RoundMetrics]:
+        after, metrics = visit(key, state._replace(clients=trees.rows(state.clients, cohort.ids)), cohort, sites)
+        num_clients = sites.size.shape[0]
+        came = jnp.where(metrics.clients["participated"] > 0, cohort.ids, num_clients)
+        return after._replace(clients=trees.set_rows(state.clients, came, after.clients)), metrics
 
     def model(state: State, id: Array) -> Variables:
         return client.model(state.shared, trees.row(state.clients, id))
@@ -125,7 +130,8 @@ def federate(
 
     # what is private in the server's hands, or else before it gets there
     event = client.message_event if aggregator.event == dp_accounting.NonPrivateDpEvent() else aggregator.event
-    return FederatedAlgorithm(init, round, model, deploy, welcome, payload, event, client.event, aggregator.period)
+    return FederatedAlgorithm(
+        init, round, visit, model, deploy, client.newcomer, welcome, payload, event, client.event, aggregator.period)
 
 
 def device_mesh(axis: str, num_devices: int | None = None) -> Mesh | None:

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fl_jax.arms import Arm, Runs, Study, row_of
 from fl_jax.errors import FlJaxError
 from fl_jax.privacy import Account, Accountant, Guarantee, PrivacyLedger, Unit, client_cost, difference, record_costs
 from fl_jax.privacy.budget import affordable
-from fl_jax.programs import Arm, Runs, Study, row_of
 from fl_jax.results.rows import Label
 from fl_jax.results.run_folder import MetricRow
 from fl_jax.types import FederatedAlgorithm, Sampling

@@ -1,6 +1,6 @@
 """The host loop of a study: blocks of rounds on the device, an evaluation after each, rows, checkpoints, progress.
 
-Its arms are compiled by fl_jax.programs, whose Arm, Runs, Study and seeds_of are at hand here too. A run that was killed and resumed
+Its arms (fl_jax.arms, whose Arm, Runs, Study and seeds_of are at hand here too) are compiled by fl_jax.programs. A run that was killed and resumed
 equals one that was not, bit for bit.
 """
 
@@ -18,11 +18,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from fl_jax.arms import Arm, Block, Runs, Study, seeds_of
 from fl_jax.checkpoint import Checkpoints
 from fl_jax.core import on_every_device
 from fl_jax.errors import FlJaxError
 from fl_jax.privacy import Guarantee, PrivacyLedger
-from fl_jax.programs import Arm, Block, Measure, Measured, Program, Runs, Study, block_length, compile_arms, seeds_of
+from fl_jax.programs import Measure, Measured, Program, block_length, compile_arms
 from fl_jax.results.rows import OVER_SITES, Label, evaluation_rows, round_rows
 from fl_jax.results.run_folder import MetricRow, RunFolder, frame
 from fl_jax.spending import NOTHING, Spending, check_meta, epsilon_rows, spending_of, to_meta, within_budget, worst_epsilon

@@ -299,9 +299,12 @@ class FederatedAlgorithm(NamedTuple):
 
     init:  (variables, num_clients) -> State
     round: (key, State, Cohort, Sites) -> (State, RoundMetrics)
+    visit: `round` on a State that holds the cohort's clients alone, a row each [c, ...]: what a round is without gather and scatter, for
+           populations whose state does not fit on the device (fl_jax.host_clients)
     model: (State, id int32) -> Variables that site `id` has; vmap it for several
     deploy: (key, State, id int32, Sites) -> Variables that site `id` deploys, after one more look at its records among these; the state
             stays as it is. Without such a look it is `model`
+    newcomer: (key, State.clients) -> what a site keeps that has taken no part
     welcome: (key, State, id int32, Sites) -> Variables that a site deploys which has taken no part: site `id` of these Sites, not of the
             federation's. It makes one round of its own on its records, of which nothing is sent; without records it takes what it is given
     payload: (State) -> (down, up), bytes that one client receives and sends in a round; Python ints
@@ -312,8 +315,10 @@ class FederatedAlgorithm(NamedTuple):
 
     init: Callable[[Variables, int], State]
     round: Callable[[Key, State, Cohort, Sites], tuple[State, RoundMetrics]]
+    visit: Callable[[Key, State, Cohort, Sites], tuple[State, RoundMetrics]]
     model: Callable[[State, Array], Variables]
     deploy: Callable[[Key, State, Array, Sites], Variables]
+    newcomer: Callable[[Key, PyTree], PyTree]
     welcome: Callable[[Key, State, Array, Sites], Variables]
     payload: Callable[[State], tuple[int, int]]
     client_event: dp_accounting.DpEvent

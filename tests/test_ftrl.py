@@ -14,7 +14,7 @@ from conftest import SIZES
 from jax_privacy.matrix_factorization import sensitivity
 from tqdm import tqdm
 
-from fl_jax import aggregators, algorithms, batches, clipping, mechanism, models, privacy, programs, sampling
+from fl_jax import aggregators, algorithms, arms, batches, clipping, mechanism, models, privacy, programs, sampling
 from fl_jax.aggregators import strategies
 from fl_jax.data import FederatedDataset, Records, stack
 from fl_jax.errors import FlJaxError
@@ -259,9 +259,9 @@ def test_a_compiled_study_keeps_clients_apart_over_its_blocks_of_rounds():
     data = FederatedDataset(
         "small", records(4, 4, 4), records(1, 1, 1), records(1, 1, 1), records(2), ("a", "b", "c"), ("d",), num_classes=2)
     model = models.bridge(models.LogisticRegression(2), jnp.zeros((1, 3)), models.softmax_cross_entropy)
-    study = programs.Study(model, stack([data]), data.site_names, data.unseen_names, rounds=5, evaluate_every=2, chunk=4)
-    arm = programs.Arm("FTRL", lambda _: algorithm_of(model, aggregators.tree(3)), lambda sites: sampling.separated(1, 3, 3))
-    runs = programs.seeds_of([0, 1], stacked=False)
+    study = arms.Study(model, stack([data]), data.site_names, data.unseen_names, rounds=5, evaluate_every=2, chunk=4)
+    arm = arms.Arm("FTRL", lambda _: algorithm_of(model, aggregators.tree(3)), lambda sites: sampling.separated(1, 3, 3))
+    runs = arms.seeds_of([0, 1], stacked=False)
     (program,), _ = programs.compile_arms(study, [arm], runs, tqdm(disable=True))
     state, ids = program.initial, []
     for length in (2, 2, 1):

@@ -1,5 +1,7 @@
 """Sites one after another instead of side by side: cyclic weight transfer."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Unpack
 
 import jax
@@ -9,6 +11,8 @@ import optax
 from fl_jax import trees
 from fl_jax.algorithms.averaging import Options, fedavg
 from fl_jax.types import Array, Batches, Cohort, FederatedAlgorithm, Key, Model, PyTree, RoundMetrics, Sites, State, Variables
+
+Round = Callable[[Key, State, Cohort, Sites], tuple[State, RoundMetrics]]
 
 
 class Turns(NamedTuple):
@@ -32,7 +36,7 @@ def in_turn(algorithm: FederatedAlgorithm, *, shuffled: bool = True) -> Federate
         nobody_left = jnp.int32(num_clients)
         return state._replace(aggregator=Turns(jnp.arange(num_clients, dtype=jnp.int32), nobody_left, state.aggregator))
 
-    def round(key: Key, state: State, cohort: Cohort, sites: Sites) -> tuple[State, RoundMetrics]:
+    def turn(inner: Round, key: Key, state: State, cohort: Cohort, sites: Sites) -> tuple[State, RoundMetrics]:
         round_key, order_key = jax.random.split(key)
         before: Turns = state.aggregator
         num_clients = sites.size.shape[0]
@@ -44,11 +48,11 @@ def in_turn(algorithm: FederatedAlgorithm, *, shuffled: bool = True) -> Federate
         order = jnp.where(again, fresh, before.order)
         place = jnp.argmax(there[order] & (places >= jnp.where(again, 0, before.place))).astype(jnp.int32)
         alone = cohort._replace(weight=jnp.where(cohort.ids == order[place], cohort.weight, 0))
-        after, metrics = algorithm.round(round_key, state._replace(aggregator=before.aggregator), alone, sites)
+        after, metrics = inner(round_key, state._replace(aggregator=before.aggregator), alone, sites)
         order, place = trees.select(jnp.any(there), (order, place + 1), (before.order, before.place))
         return after._replace(aggregator=Turns(order, place, after.aggregator)), metrics
 
-    return algorithm._replace(init=init, round=round)
+    return algorithm._replace(init=init, round=partial(turn, algorithm.round), visit=partial(turn, algorithm.visit))
 
 
 def cyclic(
