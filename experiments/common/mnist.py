@@ -83,7 +83,14 @@ def unit_pixels(x: Array) -> Array:
     return x.astype(jnp.float32) / 255
 
 
-def classifier(module: nn.Module, shape: tuple[int, ...] = (28, 28, 1)) -> Model:
-    """A network of grey images uint8[B, 28, 28, 1], trained by softmax cross-entropy on pixels in [0, 1]."""
+def centred_pixels(x: Array) -> Array:
+    """uint8 pixels as float32 in [-1, 1]."""
+    return 2 * unit_pixels(x) - 1
+
+
+def classifier(
+    module: nn.Module, shape: tuple[int, ...] = (28, 28, 1), *, pixels: Callable[[Array], Array] = unit_pixels
+) -> Model:
+    """A network of grey images uint8[B, 28, 28, 1], trained by softmax cross-entropy; pixels: what it sees of them."""
     example = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
-    return models.bridge(module, example, models.softmax_cross_entropy, preprocess=unit_pixels)
+    return models.bridge(module, example, models.softmax_cross_entropy, preprocess=pixels)
