@@ -149,21 +149,29 @@ def donors_of(study: Study) -> Array:
     return jnp.asarray(np.unique(np.linspace(0, len(study.site_names) - 1, MAX_DONORS).round()), jnp.int32)
 
 
-def starts(
-    arm: Arm, num_clients: int, runs: Runs, variables: Variables
-) -> tuple[Callable[[tuple[Runs, Variables]], State], tuple[int, int]]:
-    """The function (run, variables) -> its state before training, and what a client receives and sends in a round."""
-    payload: list[tuple[int, int]] = []
+class Facts(NamedTuple):
+    """What is known of an arm before it trains. num_clients: how many it has. payload: bytes (down, up) of a client and round. norms: its
+    BatchNorm policy."""
+
+    num_clients: int
+    payload: tuple[int, int]
+    norms: str
+
+
+def starts(study: Study, arm: Arm, runs: Runs, variables: Variables) -> tuple[Callable[[tuple[Runs, Variables]], State], Facts]:
+    """The function (run, variables) -> its state before training, and what is known of the arm then."""
+    num_clients = clients_of(study, arm)
+    facts: list[Facts] = []
 
     def start(row: tuple[Runs, Variables]) -> State:
         run, variables = row
         algorithm = arm.build(run.hyper)
         state = algorithm.init(variables, num_clients)
-        payload.append(algorithm.payload(state))  # of shapes alone, so known while tracing
+        facts.append(Facts(num_clients, algorithm.payload(state), algorithm.norms))  # of shapes alone, so known while tracing
         return state
 
     jax.eval_shape(start, jax.tree.map(lambda leaf: leaf[0], (runs, variables)))
-    return start, payload[0]
+    return start, facts[0]
 
 
 def rounds_of_run(study: Study, arm: Arm, length: int, row: tuple[Runs, State], splits: Splits) -> tuple[State, Block]:

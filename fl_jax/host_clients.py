@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fl_jax import evaluation
-from fl_jax.arms import Arm, Block, Outputs, Runs, Study, clients_of, donors_of, one_run, starts
+from fl_jax.arms import Arm, Block, Facts, Outputs, Runs, Study, donors_of, one_run, starts
 from fl_jax.types import Array, Cohort, Key, PyTree, RoundMetrics, Sites, Splits, State, Variables
 
 GROUP = 32  # sites whose models are on the device at once while they are measured
@@ -21,18 +21,18 @@ GROUP = 32  # sites whose models are on the device at once while they are measur
 
 class HostArm(NamedTuple):
     """An arm, ready to run. initial: its state, `clients` in NumPy arrays, which blocks change in place. block: (length) -> (runs, splits,
-    state) -> (state, Block). outputs: what a block's predictions look like. payload: bytes down and up of a client and round."""
+    state) -> (state, Block). outputs: what a block's predictions look like. facts: what is known before."""
 
     initial: State
     block: Callable[[int], Callable[[Runs, Splits, State], tuple[State, Block]]]
     outputs: Outputs
-    payload: tuple[int, int]
+    facts: Facts
 
 
 def compile(study: Study, arm: Arm, runs: Runs, variables: Variables) -> HostArm:
     """The functions of an arm, compiled when they are first called but for their shapes. variables: initial ones of each run [S, ...]."""
-    num_clients, count = clients_of(study, arm), runs.key.shape[0]
-    start, payload = starts(arm, num_clients, runs, variables)
+    start, facts = starts(study, arm, runs, variables)
+    num_clients, count = facts.num_clients, runs.key.shape[0]
 
     def without_rows(row: tuple[Runs, Variables]) -> State:  # so that XLA makes one client's state, not all clients'
         state = start(row)
@@ -99,7 +99,7 @@ def compile(study: Study, arm: Arm, runs: Runs, variables: Variables) -> HostArm
     rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*few.shape, *leaf.shape[1:]), leaf.dtype), one.clients)
     unseen = jax.eval_shape(measure_unseen, run, study.splits, one._replace(clients=rows), few)
     outputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), Outputs(shapes[0], shapes[1], unseen))
-    return HostArm(initial._replace(clients=clients), block, outputs, payload)
+    return HostArm(initial._replace(clients=clients), block, outputs, facts)
 
 
 def _rows(kept: PyTree, ids: np.ndarray) -> PyTree:

@@ -11,7 +11,7 @@ from flax import linen, nnx
 from fl_jax import trees
 from fl_jax.clients import nothing_local
 from fl_jax.errors import FlJaxError
-from fl_jax.types import IsLocal, PyTree
+from fl_jax.types import IsLocal, Model, PyTree
 
 BATCH_NORMS = (linen.BatchNorm, nnx.BatchNorm)
 
@@ -44,6 +44,14 @@ LOCAL = NormPolicy("BatchNorm local", _layers)
 """The whole layer stays at the site: FedBN (Li et al. 2021)."""
 RECALIBRATED = NormPolicy("BatchNorm recalibrated", nothing_local, recalibrate=True)
 """All is averaged, and each site that uses the model measures the running statistics on its own records first."""
+
+
+NO_BATCH_NORM = "no BatchNorm"
+
+
+def named(model: Model, policy: str) -> str:
+    """The policy's name as results have it: that there is nothing to decide where a model has no BatchNorm."""
+    return policy if any(issubclass(module, BATCH_NORMS) for module in model.modules.values()) else NO_BATCH_NORM
 
 
 def refuse_statistics(shared: PyTree) -> None:

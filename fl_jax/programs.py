@@ -14,7 +14,7 @@ import jax
 from tqdm import tqdm
 
 from fl_jax import evaluation, host_clients
-from fl_jax.arms import Arm, Block, Outputs, Runs, Study, clients_of, rounds_of_run, row_of, starts
+from fl_jax.arms import Arm, Block, Facts, Outputs, Runs, Study, rounds_of_run, row_of, starts
 from fl_jax.runtime import usable_cores
 from fl_jax.sweep import each_run
 from fl_jax.types import Array, Splits, State, Variables
@@ -32,12 +32,11 @@ Measure = Callable[[Splits, Outputs], Measured]
 
 
 class Program(NamedTuple):
-    """An arm, ready to run. initial: its state before training. rounds: how many it has. blocks: length -> compiled (runs, splits, state) ->
+    """An arm, ready to run. facts: what is known of it. initial: its state before training. rounds: how many it has. blocks: length -> compiled (runs, splits, state) ->
     (state, Block), for the lengths that a run from the start needs. compile: (length) -> such a block of another length."""
 
     name: str
-    num_clients: int
-    payload: tuple[int, int]
+    facts: Facts
     initial: State
     blocks: dict[int, Callable[..., tuple[State, Block]]]
     compile_seconds: float
@@ -75,8 +74,8 @@ def compile_arms(study: Study, arms: Sequence[Arm], runs: Runs, bar: tqdm) -> tu
 def _on_device(study: Study, arm: Arm, runs: Runs, variables: Variables) -> tuple[Program, Outputs]:
     """The program of an arm, and what its predictions look like."""
     began = time.perf_counter()
-    count, num_clients = _rounds(study, arm), clients_of(study, arm)
-    start, payload = starts(arm, num_clients, runs, variables)
+    count = _rounds(study, arm)
+    start, facts = starts(study, arm, runs, variables)
     initial = jax.jit(each_run(start, mesh=study.mesh))((runs, variables))
 
     def compile(length: int) -> Any:
@@ -92,7 +91,7 @@ def _on_device(study: Study, arm: Arm, runs: Runs, variables: Variables) -> tupl
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         lowered.out_info[1].outputs, call.output_shardings[1].outputs)
     seconds = time.perf_counter() - began
-    return Program(arm.name, num_clients, payload, initial, blocks, seconds, count, lambda length: compile(length)[1]), outputs
+    return Program(arm.name, facts, initial, blocks, seconds, count, lambda length: compile(length)[1]), outputs
 
 
 def _on_host(study: Study, arm: Arm, runs: Runs, variables: Variables) -> tuple[Program, Outputs]:
@@ -100,9 +99,7 @@ def _on_host(study: Study, arm: Arm, runs: Runs, variables: Variables) -> tuple[
     began = time.perf_counter()
     host = host_clients.compile(study, arm, runs, variables)
     seconds = time.perf_counter() - began
-    program = Program(
-        arm.name, clients_of(study, arm), host.payload, host.initial, {}, seconds, _rounds(study, arm), host.block)
-    return program, host.outputs
+    return Program(arm.name, host.facts, host.initial, {}, seconds, _rounds(study, arm), host.block), host.outputs
 
 
 def _rounds(study: Study, arm: Arm) -> int:

@@ -37,7 +37,7 @@ MOST_NAMED = 10
 class Fit(NamedTuple):
     """What came of an arm. rows: the metrics (results.COLUMNS). state: the last, every leaf [S, ...]. payload: bytes (down, up) of a
     client and round. seconds: spent computing and compile_seconds: compiling, by this process. ledgers: what was spent on privacy, of
-    each run one for each guarantee."""
+    each run one for each guarantee. norms: the BatchNorm policy."""
 
     rows: pd.DataFrame
     state: State
@@ -45,6 +45,7 @@ class Fit(NamedTuple):
     seconds: float
     compile_seconds: float
     ledgers: tuple[tuple[PrivacyLedger, ...], ...] = ()
+    norms: str = ""
 
 
 def fit(
@@ -75,6 +76,8 @@ def fit(
         programs, measure = compile_arms(study, arms, runs, bar)
     if folder is not None:
         folder.compile_seconds += sum(program.compile_seconds for program in programs)
+        folder.record_arms({program.name: {"BatchNorm": program.facts.norms, "clients": program.facts.num_clients, "rounds": program.rounds}
+                            for program in programs})
     with _interruptible() as stop:
         return {
             program.name: _fit_arm(
@@ -162,14 +165,14 @@ def _fit_arm(
                 kept = f"; it is saved in {folder.path} and can be resumed" if folder is not None else ""
                 raise KeyboardInterrupt(f"stopped after round {done} of {study.rounds} of {arm.name}{kept}.")
     seconds = time.perf_counter() - began
-    return Fit(pd.concat(rows, ignore_index=True), state, arm.payload, seconds, arm.compile_seconds, spending.ledgers(done))
+    return Fit(pd.concat(rows, ignore_index=True), state, arm.facts.payload, seconds, arm.compile_seconds, spending.ledgers(done), arm.facts.norms)
 
 
 def _block_rows(
     study: Study, arm: Program, labels: Sequence[Label], done: int, block: Block, measured: Measured
 ) -> Iterator[MetricRow]:
     first = done - block.ids.shape[1] + 1
-    yield from round_rows(labels, first, block.rounds, arm.payload)
+    yield from round_rows(labels, first, block.rounds, arm.facts.payload)
     for split, names in (("validation", study.site_names), ("test", study.site_names), ("unseen", study.unseen_names)):
         yield from evaluation_rows(labels, done, split, names, getattr(measured, split))
 
@@ -181,8 +184,8 @@ def _refuse_all_nonfinite(study: Study, arm: Program, labels: Sequence[Label], d
     if len(dead):
         s, t = dead[np.argmin(dead[:, 1])]
         bad = np.asarray(block.ids)[s, t][np.asarray(block.rounds.clients["nonfinite"])[s, t] > 0].tolist()
-        own = arm.num_clients == len(study.site_names)  # else the arm has a view of its own, such as all records at one place
-        names = [study.site_names[i] if own else f"client {i} of {arm.num_clients}" for i in bad]
+        own = arm.facts.num_clients == len(study.site_names)  # else the arm has a view of its own, such as all records at one place
+        names = [study.site_names[i] if own else f"client {i} of {arm.facts.num_clients}" for i in bad]
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
         raise FlJaxError(
             f"{labels[s].arm}, seed {labels[s].seed}: in round {done + int(t) + 1} no site sent a finite update "

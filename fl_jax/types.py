@@ -311,6 +311,7 @@ class FederatedAlgorithm(NamedTuple):
     client_event: the client-level DpEvent of one round, before client sampling is accounted
     record_event: (num_records) -> the record-level DpEvent of one round at a site
     client_period: how many rounds client_event pays for: T rounds cost ceil(T / client_period) of it
+    norms: the name of its BatchNorm policy (fl_jax.norms), which stands in every result
     """
 
     init: Callable[[Variables, int], State]
@@ -324,6 +325,7 @@ class FederatedAlgorithm(NamedTuple):
     client_event: dp_accounting.DpEvent
     record_event: Callable[[int], dp_accounting.DpEvent]
     client_period: int = 1
+    norms: str = ""
 
 
 class Sampling(NamedTuple):

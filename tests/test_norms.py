@@ -132,8 +132,16 @@ def test_a_round_with_padding_equals_steps_on_the_records_alone(normed_model, si
     close(kept[norms.LOCAL].leaves.params["BatchNorm_0"], trained.params["BatchNorm_0"])
 
 
-def test_policies_have_names_of_their_own():
-    assert len({policy.name for policy in POLICIES}) == 3
+def test_policies_have_names_of_their_own_which_algorithms_carry(normed_model, plain_model):
+    policies = [*POLICIES, norms.RECALIBRATED]
+    assert len({policy.name for policy in policies}) == 4
+    work, head = batches.epochs(1, 4), algorithms.layers("Dense_1")
+    for policy in policies:
+        assert algorithms.fedavg(normed_model, optax.sgd(0.1), work, norms=policy).norms == policy.name
+        assert policy.name in algorithms.fedper(normed_model, optax.sgd(0.1), work, head, norms=policy).norms
+        assert algorithms.fedavg(plain_model, optax.sgd(0.1), work, norms=policy).norms == norms.NO_BATCH_NORM
+    assert algorithms.fedbn(normed_model, optax.sgd(0.1), work).norms == norms.LOCAL.name
+    assert algorithms.mr_mtl(normed_model, optax.sgd(0.1), work, 1.0).norms == "own model's local"
 
 
 def test_a_weighted_cohort_averages_statistics_by_the_same_weights(normed_model, sites, one_step):

@@ -242,3 +242,11 @@ def test_source_is_the_commit_of_the_package_and_of_nothing_else(tmp_path: Path)
     assert source(package) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (package / "new.py").write_text("")
     assert source(package) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+
+
+def test_what_is_known_of_arms_is_added_up_and_read_back(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", {})
+    assert load_run(folder.path).arms == {}
+    folder.record_arms({"FedAvg": {"BatchNorm": "averaged"}, "FedBN": {"BatchNorm": "?"}})
+    folder.record_arms({"FedBN": {"BatchNorm": "local"}})
+    assert load_run(folder.path).arms == {"FedAvg": {"BatchNorm": "averaged"}, "FedBN": {"BatchNorm": "local"}}

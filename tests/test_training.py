@@ -169,6 +169,7 @@ def test_rows_are_complete_in_order_and_those_on_the_disk(whole):
             assert set(found["site"]) == set(sites)
         assert not own.duplicated(["seed", "round", "split", "site", "metric"]).any()
         assert sorted(select(own, split="round", metric="loss", seed=10)["round"]) == [1, 2, 3, 4, 5]
+    assert fits["FedAvg"].norms == "no BatchNorm"  # of a logistic regression
     assert fits["FedAvg"].payload == (32, 32)  # 3 x 2 weights and 2 biases
     assert int(fits["FedAvg"].state.round[0]) == ROUNDS
 

@@ -7,7 +7,7 @@ import optax
 
 from fl_jax import aggregators, batches, clients, deployment, gradients
 from fl_jax.core import ONE_LANE, Engine, federate
-from fl_jax.norms import AVERAGED, NormPolicy
+from fl_jax.norms import AVERAGED, NormPolicy, named
 from fl_jax.transforms import averaging_statistics, proximal, scale_by_server_moments
 from fl_jax.types import Aggregator, Array, Batches, Client, Deploy, FederatedAlgorithm, Gradient, Model, Uplink
 
@@ -63,16 +63,18 @@ def sent_by(client: Client, options: Options) -> Client:
 
 def joined(
     model: Model, client: Client, options: Options, *, aggregator: Aggregator | None = None,
-    server: optax.GradientTransformation | None = None,
+    server: optax.GradientTransformation | None = None, policy: str | None = None,
 ) -> FederatedAlgorithm:
     """A client with what the options say of aggregator, deployment and engine. aggregator: in place of theirs; server: by default plain
-    averaging. A BatchNorm policy that recalibrates comes before the options' own deployment."""
-    steps = [options.get("deploy")]
-    if options.get("norms", AVERAGED).recalibrate:
+    averaging; policy: what becomes of BatchNorm, by default the options' policy. One that recalibrates comes before the options' own
+    deployment."""
+    steps, norms = [options.get("deploy")], options.get("norms", AVERAGED)
+    if norms.recalibrate:
         steps.insert(0, deployment.recalibrated(model, batches.epochs(1, client.batches.size)))
     client = deployment.deploying(client, *(step for step in steps if step is not None))
     aggregator = aggregator or aggregator_of(options)
-    return federate(client, aggregator, server or optax.sgd(1.0), options.get("engine", ONE_LANE))
+    algorithm = federate(client, aggregator, server or optax.sgd(1.0), options.get("engine", ONE_LANE))
+    return algorithm._replace(norms=named(model, policy or norms.name))
 
 
 def aggregator_of(options: Options) -> Aggregator:
@@ -89,7 +91,8 @@ def fedsgd(
     batches: one epoch, in batches as large as memory allows; the gradient is summed up over them.
     """
     client = clients.full_gradient(gradient or gradients.plain(model), batches)
-    return federate(client, aggregator or aggregators.mean(), averaging_statistics(optax.sgd(learning_rate)), engine)
+    algorithm = federate(client, aggregator or aggregators.mean(), averaging_statistics(optax.sgd(learning_rate)), engine)
+    return algorithm._replace(norms=named(model, AVERAGED.name))
 
 
 def fedprox(

@@ -13,6 +13,8 @@ from fl_jax.norms import AVERAGED, LOCAL, LOCAL_STATISTICS, NormPolicy
 from fl_jax.transforms import chosen_leaves, during, proximal
 from fl_jax.types import Batches, Client, FederatedAlgorithm, IsLocal, Model
 
+OWN = "own model's local"
+
 
 def fedbn(
     model: Model, optimizer: optax.GradientTransformation, batches: Batches, **options: Unpack[Options]
@@ -84,7 +86,7 @@ def ditto(
     """
     own = _own(model, optax.chain(proximal(strength), own_optimizer or optimizer), batches, options)
     client = personal.beside(sent_by(local_client(model, optimizer, batches, options), options), own)
-    return joined(model, client, options)
+    return joined(model, client, options, policy=f"{OWN}; shared model's {options.get('norms', AVERAGED).name}")
 
 
 def mr_mtl(
@@ -95,7 +97,7 @@ def mr_mtl(
     _refuse_policy(options, "MR-MTL", "every site has all of a model of its own, statistics too")
     client = personal.pulled_to_mean(_own(model, optax.chain(proximal(strength), optimizer), batches, options))
     client = sent_by(client, options)
-    return joined(model, client, options)
+    return joined(model, client, options, policy=OWN)
 
 
 def pfedme(
@@ -110,7 +112,7 @@ def pfedme(
     _refuse_policy(options, "pFedMe", "statistics are those of a site's own model, and the server's their mean")
     client = sent_by(personal.moreau_envelope(
         model, oracle_of(model, options), batches, strength=strength, inner_steps=inner_steps, inner_rate=inner_rate, rate=rate), options)
-    return joined(model, client, options, server=optax.sgd(beta))
+    return joined(model, client, options, server=optax.sgd(beta), policy=OWN)
 
 
 def apfl(
@@ -140,7 +142,7 @@ def fedala(
     """
     client = local_client(model, optimizer, batches, options)
     client = personal.blended(client, model, oracle_of(model, options), top, rate=rate, share=share, first_passes=first_passes)
-    return joined(model, sent_by(client, options), options)
+    return joined(model, sent_by(client, options), options, policy=f"{OWN}; shared model's {options.get('norms', AVERAGED).name}")
 
 
 def _own(model: Model, optimizer: optax.GradientTransformation, batches: Batches, options: Options) -> Client:

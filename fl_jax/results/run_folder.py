@@ -2,6 +2,7 @@
 
 config.json       what was asked for, written once
 environment.json  a list: one entry for each process that worked on the run
+arms.json         of each arm what its numbers mean: the BatchNorm policy, how many clients and rounds
 metrics.csv       long format, one row per arm, seed, round, split, site and metric
 summary.json      what came out
 claims.json       of a study that reproduces published results: what it claims, and whether that holds
@@ -27,7 +28,8 @@ from fl_jax.errors import FlJaxError
 from fl_jax.files import check_config, disk_errors, jsonable, read_json, write_atomically, write_json
 from fl_jax.results.claims import CLAIMS, Verdict, write_claims
 
-CONFIG, ENVIRONMENT, METRICS, SUMMARY, FIGURES = "config.json", "environment.json", "metrics.csv", "summary.json", "figures"
+CONFIG, ENVIRONMENT, ARMS, METRICS, SUMMARY, FIGURES = (
+    "config.json", "environment.json", "arms.json", "metrics.csv", "summary.json", "figures")
 _DOTS_PER_INCH = 200
 
 
@@ -57,13 +59,14 @@ _DTYPES = {"seed": "int64", "round": "int64", "value": "float64", **dict.fromkey
 
 
 class Run(NamedTuple):
-    """What a run folder holds; environment and summary are empty where a run has not come that far."""
+    """What a run folder holds; environment, summary and arms are empty where a run has not come that far."""
 
     path: Path
     config: dict[str, Any]
     environment: list[dict[str, Any]]
     metrics: pd.DataFrame
     summary: dict[str, Any]
+    arms: dict[str, Any]
 
 
 def _lines(rows: Iterable[MetricRow]) -> str:
@@ -121,13 +124,14 @@ def load_metrics(path: str | os.PathLike[str]) -> pd.DataFrame:
 def load_run(path: str | os.PathLike[str]) -> Run:
     """Everything in a run folder but its figures, to read. Raises FlJaxError where it is not a run folder."""
     folder = RunFolder.open(path)
-    environment, summary = folder.path / ENVIRONMENT, folder.path / SUMMARY
+    environment, summary, arms = (folder.path / name for name in (ENVIRONMENT, SUMMARY, ARMS))
     return Run(
         folder.path,
         folder.config,
         read_json(environment) if environment.exists() else [],
         load_metrics(folder.path),
         read_json(summary) if summary.exists() else {},
+        read_json(arms) if arms.exists() else {},
     )
 
 
@@ -223,6 +227,12 @@ class RunFolder:
         entries = [old for old in entries if old.get("started") != entry.get("started")]
         with disk_errors(f"write {path}"):
             write_json(path, [*entries, entry])
+
+    def record_arms(self, arms: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add what is known of these arms to arms.json, or replace it."""
+        path = self.path / ARMS
+        with disk_errors(f"write {path}"):
+            write_json(path, jsonable({**(read_json(path) if path.exists() else {}), **arms}))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write (or replace) summary.json. Raises FlJaxError for what JSON cannot hold."""
