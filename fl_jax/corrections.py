@@ -154,6 +154,18 @@ def told_loss(measure: Measure) -> Correction:
     return Correction(lambda params: (Tilt(jnp.float32(0), ()), ()), lambda control, own: None, update, measure)
 
 
+def ascent(rate: float | Array, measure: Measure) -> Correction:
+    """No correction: the message has the site's own log weight, which then rises by rate (loss - the mean loss of the round before), all that
+    is broadcast beside the variables (agnostic averaging). In a first round, whose mean of before is 0, no weight moves."""
+
+    def update(control: Tilt, own: Array, way: Way) -> tuple[Tilt, Array]:
+        above = jnp.where(control.broadcast == 0, 0, way.measured - control.broadcast)
+        return Tilt(own, control.broadcast - way.measured), own + rate * above
+
+    return Correction(
+        lambda params: (Tilt(jnp.float32(0), jnp.float32(0)), jnp.float32(0)), lambda control, own: None, update, measure)
+
+
 class Pull(NamedTuple):
     """mu: of the proximal term; 0 in a message. loss: of the site, in a message; 0 as it is broadcast."""
 

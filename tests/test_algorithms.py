@@ -40,6 +40,7 @@ ALGORITHMS: dict[str, Callable[[Model, Engine], FederatedAlgorithm]] = {
         model, SGD, BATCHES, "Dense_1", 1.0, norms=norms.LOCAL_STATISTICS, engine=engine),
     "fedprox_adaptive": lambda model, engine: algorithms.fedprox_adaptive(model, SGD, BATCHES, 0.5, engine=engine),
     "q_fedavg": lambda model, engine: algorithms.q_fedavg(model, 0.1, BATCHES, 1.0, norms=norms.LOCAL, engine=engine),
+    "agnostic": lambda model, engine: algorithms.agnostic(model, SGD, BATCHES, 0.5, engine=engine),
     "quantized scaffold": lambda model, engine: algorithms.scaffold(
         model, 0.1, BATCHES, uplink=uplink.quantize(8), norms=norms.LOCAL, engine=engine),
     "fedbn": lambda model, engine: algorithms.fedbn(model, optax.sgd(0.05, 0.9), SHUFFLED, engine=engine),

@@ -1,4 +1,4 @@
-"""q-FedAvg against NumPy, where it becomes FedAvg, and for the sites that FedAvg leaves behind."""
+"""q-FedAvg and agnostic averaging against NumPy, where they become FedAvg, and for the sites that FedAvg leaves behind."""
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,38 @@ def test_q_fedavg_is_algorithm_2(averaged):
     np.testing.assert_allclose(weights_of(by_default)[0], weights_of(states)[2], rtol=1e-5)
 
 
+def test_agnostic_averaging_is_exponentiated_gradient(averaged):
+    """In NumPy: log weights of the sites that were there rise by rate (loss - the weighted mean loss of the round before)."""
+    rates, cohorts = (0.0, 0.3), COHORTS * 2
+    states = mapped(lambda rate: algorithms.agnostic(MODEL, SGD, WHOLE, rate), rates, cohorts=cohorts)
+    for k, rate in enumerate(rates):
+        w, logs, before = np.zeros(2), np.zeros(4), None
+        for r, (ids, weight, steps) in enumerate(cohorts):
+            mixture = np.array(weight) * np.exp(logs[ids])
+            losses = np.array([loss(i, w) for i in ids])
+            w = np.average([descended(i, w, count) for i, count in zip(ids, steps, strict=True)], 0, mixture)
+            logs[ids] += 0 if before is None else rate * (losses - before)
+            before = np.average(losses, weights=mixture)
+            if rate == 0 and r == len(COHORTS) - 1:
+                np.testing.assert_allclose(w, averaged, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(weights_of(states)[k], w, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(states.clients.control[k], logs, rtol=1e-4)
+        assert float(states.shared.control.broadcast[k]) == pytest.approx(before, rel=1e-5)
+
+
+def test_with_all_sites_only_their_own_losses_move_the_mixture():
+    """Then it is the textbook's: lambda_k proportional to w_k e^(rate times the sum of the site's losses)."""
+    weight, sums, w = [1.0, 2.0, 1.0, 3.0], np.zeros(4), np.zeros(2)
+    state = mapped(lambda rate: algorithms.agnostic(MODEL, SGD, WHOLE, rate), [0.05], cohorts=[([0, 1, 2, 3], weight, [2] * 4)] * 4)
+    for r in range(4):
+        mixture = weight * np.exp(0.05 * sums)
+        sums += 0 if r == 0 else [loss(i, w) for i in range(4)]
+        w = np.average([descended(i, w, 2) for i in range(4)], 0, mixture)
+    found, expected = weight * np.exp(state.clients.control[0]), weight * np.exp(0.05 * sums)
+    np.testing.assert_allclose(found / found.sum(), expected / expected.sum(), rtol=1e-4)
+    np.testing.assert_allclose(weights_of(state)[0], w, rtol=1e-4)
+
+
 MAJORITY = Sites(jnp.ones((5, 1)), jnp.array([0.0, 0.2, -0.2, 0.0, 4.0]), jnp.arange(5), jnp.ones(5, jnp.int32))
 """Five sites of one record, four of which agree."""
 
@@ -59,9 +91,12 @@ def test_the_worst_site_is_better_off_than_with_fedavg():
     fair = settled(lambda q: algorithms.q_fedavg(model, RATE, work, q), [0.0, 0.5, 2.0, 8.0])
     assert fair[0] == pytest.approx(0.8, abs=1e-3) and fair[3] < 1.9
     assert (np.diff(fair) > 0.1).all()
+    agnostic = settled(lambda rate: algorithms.agnostic(model, SGD, work, rate), [0.0, 0.02])
+    np.testing.assert_allclose(agnostic, [0.8, 1.9], atol=0.02)
 
 
-@pytest.mark.parametrize("build", [lambda q: algorithms.q_fedavg(MODEL, RATE, WHOLE, q)], ids=["q-FedAvg"])
+@pytest.mark.parametrize("build", [lambda q: algorithms.q_fedavg(MODEL, RATE, WHOLE, q), lambda rate: algorithms.agnostic(MODEL, SGD, WHOLE, rate)],
+                         ids=["q-FedAvg", "agnostic"])
 def test_no_loss_is_too_small_or_too_large(build):
     """F^15 and e^(50 F) are far outside of float32."""
     scales = np.array([0.0, 1e-8, 1.0, 1e7])
@@ -95,7 +130,8 @@ def test_what_is_common_to_all_log_weights_changes_nothing(common):
 
 
 def test_no_other_aggregator_goes_with_them_and_a_loss_is_not_private():
-    for build in (lambda **options: algorithms.q_fedavg(MODEL, RATE, WHOLE, 1.0, **options),):
+    for build in (lambda **options: algorithms.q_fedavg(MODEL, RATE, WHOLE, 1.0, **options),
+                  lambda **options: algorithms.agnostic(MODEL, SGD, WHOLE, 0.1, **options)):
         with pytest.raises(TypeError, match="aggregator of its own"):
             build(aggregator=aggregators.private_mean(1.0, 1.0, 4))
         algorithm = build(gradient=gradients.private(MODEL, 1.0, 1.0))

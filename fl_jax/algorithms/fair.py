@@ -1,7 +1,7 @@
-"""Algorithms that train one global model for all sites and not for their mean: q-FedAvg.
+"""Algorithms that train one global model for all sites and not for their mean: q-FedAvg and agnostic (worst-site) averaging.
 
-It evaluates the broadcast model on a site's training records before it trains, one forward pass a round, and sends one number beside the
-model. The number is exact: no private oracle covers it.
+Both evaluate the broadcast model on a site's training records before it trains, one forward pass a round, and send one number beside the
+model. These numbers are exact: no private oracle covers them, and both are aggregators of their own.
 """
 
 from typing import Unpack
@@ -31,3 +31,22 @@ def q_fedavg(
     client = corrected_client(model, optimizer or optax.sgd(learning_rate), batches, correction, options)
     curvature = 1 / learning_rate if lipschitz is None else lipschitz
     return joined(model, client, options, aggregator=aggregators.tilted_mean(q, curvature))
+
+
+def agnostic(
+    model: Model, optimizer: optax.GradientTransformation, batches: Batches, rate: Scalar, **options: Unpack[Options]
+) -> FederatedAlgorithm:
+    """Agnostic averaging: min over w of the max over mixtures lambda of sum_k lambda_k F_k(w), by descent in w and ascent in lambda (Mohri et al.
+    2019, "Agnostic federated learning", section 4, Stochastic-AFL). Rate 0 keeps the sampler's weights: FedAvg.
+
+    rate: of the ascent. Where the paper adds rate F_k to lambda_k and projects on the simplex, lambda_k is multiplied here by
+    e^(rate (F_k - F)), F the mean loss of the round before under lambda, and the mean normalises: exponentiated gradient, for which a
+    site needs to keep no more than its own log weight and the server needs nothing of who took part. With all sites F changes nothing;
+    with some it keeps the weights of those who were not drawn where they are among the others, but for what the loss changed in a
+    round. No weight becomes 0. It moves with the second round. The descent is a round of local training instead of one step.
+    F_k: the loss of the broadcast model, in evaluation mode, over all records of the site; a round uses the weights from before it.
+    """
+    of_its_own("Agnostic averaging", "aggregator", options)
+    correction = corrections.ascent(rate, measured.mean_loss(model, batches.size))
+    client = corrected_client(model, optimizer, batches, correction, options)
+    return joined(model, client, options, aggregator=aggregators.tilted_mean())
