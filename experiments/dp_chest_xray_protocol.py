@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.common import cli, rate_grid
+from experiments.common import chest_xrays, cli, rate_grid
+from experiments.common.chest_xrays import SITES, Load
 from experiments.common.config import at_least_one
 from fl_jax import algorithms, batches, clipping, data, gradients, models, sampling, sweep, training
-from fl_jax.data import FederatedDataset, Records, Source, no_records, pneumonia_mnist, pooled_train
-from fl_jax.data.partition import apportion, spread_log_odds
+from fl_jax.data import FederatedDataset, pneumonia_mnist, pooled_train
 from fl_jax.errors import FlJaxError
 from fl_jax.metrics import CLASSIFICATION
 from fl_jax.privacy import Accountant, Budget, Guarantee, Unit, calibrate
@@ -28,13 +28,9 @@ BOUND: Mapping[str, str] = {CONSTANT: "clip", QUANTILE: "target", SCHEDULED: "st
 """What the grid of each clipping has beside the learning rate."""
 NO_CLIP = 1e6
 """A bound that no gradient reaches: without privacy an arm makes the same steps on the same samples, neither cut nor noised."""
-SITES = ("Hospital A", "Hospital B", "Hospital C", "Hospital D")
-UNSEEN = "Hospital E"
 FIRST_TUNING_SEED = 1000  # the seeds that are reported are 0, 1, ...
 CHUNK = 128
 ACCOUNTANT = Accountant.PLD
-Load = Callable[[str], Source]
-"""("train", "validation" or "test") -> the images."""
 
 
 class Plan(NamedTuple):
@@ -150,48 +146,22 @@ def arm_name(kind: str, epsilon: float) -> str:
 
 def site_sizes(config: Config, num_records: int) -> np.ndarray:
     """int64[4]: how many of so many images each hospital has."""
-    count = len(SITES)
-    return apportion(config.size_ratio ** -(np.arange(count) / (count - 1)), num_records)
+    return chest_xrays.site_sizes(config.size_ratio, num_records)
+
+
+def hospitals(config: Config) -> chest_xrays.Hospitals:
+    """How they differ."""
+    return chest_xrays.Hospitals(config.size_ratio, config.case_mix, config.gain, config.offset, config.noise)
 
 
 def to_measure(config: Config, seed: int, images: Load = pneumonia_mnist) -> FederatedDataset:
-    """The official training and test images at the four hospitals, and all test images as a fifth would have measured them; no
-    validation images. The seed draws who is where, and the calibrations."""
-    return _federation(config, seed, images, "test")
+    """The federation of a seed with test images; see chest_xrays."""
+    return chest_xrays.to_measure(hospitals(config), seed, images)
 
 
 def to_choose(config: Config, seed: int, images: Load = pneumonia_mnist) -> FederatedDataset:
-    """The official training and validation images at the four hospitals; without the test images, which then can play no part."""
-    return _federation(config, seed, images, "validation")
-
-
-def _federation(config: Config, seed: int, images: Load, held_out: str) -> FederatedDataset:
-    rng = np.random.default_rng(seed)
-    train, other = images("train"), images(held_out)
-    log_odds = spread_log_odds(config.case_mix, len(SITES))
-
-    def dealt(source: Source) -> Records:
-        sizes = site_sizes(config, len(source.y))
-        order = np.argsort(data.case_mix(rng, source.y, sizes, log_odds), kind="stable")
-        return Records(source.x[order], source.y[order], np.concatenate([[0], np.cumsum(sizes)]))
-
-    own, rest = dealt(train), dealt(other)
-    empty = no_records(own, len(SITES))
-    measured = held_out == "test"
-    dataset = FederatedDataset(
-        name=train.name, train=own, validation=empty if measured else rest, test=rest if measured else empty,
-        unseen=Records(other.x, other.y, np.array([0, len(other.y)])) if measured else no_records(own),
-        site_names=SITES, unseen_names=(UNSEEN,) if measured else (), num_classes=2, class_names=train.class_names,
-        notes=(
-            *train.notes, *other.notes,
-            "Simulated: the hospitals, that is whose image is where, their sizes and their shares of pneumonia.",
-            f"{UNSEEN} takes no part in training: the official test images once more, with its calibration."))
-    own_scale = np.array([0.0, *[1.0] * len(SITES)])  # the first hospital measures as published; the last one is unseen
-    calibration = data.draw_calibration(
-        rng, len(own_scale), gain=config.gain * own_scale, offset=config.offset * own_scale, noise=config.noise,
-        scale=np.full((1, 1, 1), train.x.std()))
-    used = len(SITES) + len(dataset.unseen_names)
-    return data.shift_features(rng, dataset, data.Calibration(*(part[:used] for part in calibration)))
+    """The federation of a seed with validation images in their place."""
+    return chest_xrays.to_choose(hospitals(config), seed, images)
 
 
 def classifier() -> Model:

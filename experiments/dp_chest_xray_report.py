@@ -12,6 +12,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from experiments.common import rate_grid
+from experiments.common.chest_xrays import SITES, UNSEEN
 from experiments.common.report import Results, bullets, say_where
 from experiments.common.reproduction import judged
 from experiments.dp_chest_xray_figures import auroc_over_epsilon, clip_over_rounds
@@ -25,8 +26,6 @@ from experiments.dp_chest_xray_protocol import (
     QUANTILE,
     RATE,
     SCHEDULED,
-    SITES,
-    UNSEEN,
     Config,
     arm_name,
     clipping_of,

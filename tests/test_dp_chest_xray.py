@@ -12,6 +12,7 @@ from dp_accounting import pld
 
 from experiments import dp_chest_xray, dp_chest_xray_protocol
 from experiments.common import rate_grid
+from experiments.common.chest_xrays import SITES, UNSEEN
 from experiments.dp_chest_xray_protocol import (
     BOUND,
     CONSTANT,
@@ -20,8 +21,6 @@ from experiments.dp_chest_xray_protocol import (
     QUANTILE,
     RATE,
     SCHEDULED,
-    SITES,
-    UNSEEN,
     Config,
     Plan,
     arm_name,
