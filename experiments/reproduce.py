@@ -10,6 +10,7 @@ stay the same; one that was interrupted goes on where it was. Raw data are prepa
 """
 
 import dataclasses
+import functools
 import subprocess
 import sys
 import time
@@ -72,15 +73,23 @@ def run(config: Config) -> None:
         highlight=False)
     console.print(f"{out}", style="bold", highlight=False, soft_wrap=True)
     if config.record is not None:
-        results_page.bring_up_to_date(config.record, out, [one.name for one in studies])
+        results_page.bring_up_to_date(config.record, out, {one.name: arguments_of(one, config) for one in studies})
     if broken:
         sys.stdout.flush()
         sys.exit(BROKEN)
 
 
+def arguments_of(one: Study, config: Config) -> tuple[str, ...]:
+    """What `python -m experiments.NAME` is given for the form of a study that is run here."""
+    if config.quick:
+        return ("--quick",)
+    return one.reproduction.on_gpu if one.reproduction.on_gpu and _has_gpu() else ()
+
+
 def reproduce(one: Study, folder: Path, config: Config) -> list[Verdict]:
     """The verdicts of one study: of a finished run, of one that goes on, or of a new one."""
-    wanted = one.config.quick_defaults() if config.quick else one.config()
+    arguments = arguments_of(one, config)
+    wanted = cli.parse(one.config, arguments)
     claims = one.reproduction.claims(wanted)
     try:
         for name in one.reproduction.datasets:
@@ -99,7 +108,7 @@ def reproduce(one: Study, folder: Path, config: Config) -> list[Verdict]:
     if stored is None or stored != identity | {"finished": False}:
         _set_aside(folder)
         _write_stamp(folder, identity | {"finished": False})
-    command = [sys.executable, "-m", f"experiments.{one.name}", "--out", f"{folder}", "--resume", *(["--quick"] if config.quick else [])]
+    command = [sys.executable, "-m", f"experiments.{one.name}", "--out", f"{folder}", "--resume", *arguments]
     command += [] if config.devices is None else ["--devices", f"{config.devices}"]
     command += ["--tensorboard"] if config.tensorboard else []
     status = _wait(command)
@@ -121,6 +130,7 @@ def _wait(command: list[str]) -> int:
                 continue
 
 
+@functools.cache
 def _has_gpu() -> bool:
     """Asked in another process: the first one that looks at a GPU keeps most of its memory."""
     asked = subprocess.run(

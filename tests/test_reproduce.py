@@ -123,6 +123,24 @@ def test_a_study_that_needs_a_gpu_runs_in_full_only_on_one(world, monkeypatch, g
     assert bool(world.started) == runs and (json.loads((world.out / CLAIMS).read_text())[0]["holds"] is None) != runs
 
 
+@pytest.mark.parametrize(("gpu", "quick"), [(False, False), (True, False), (True, True)])
+def test_a_study_with_a_long_form_runs_it_in_full_on_a_gpu_only(world, monkeypatch, gpu, quick):
+    monkeypatch.setattr(reproduce, "_has_gpu", lambda: gpu)
+    stated = []
+    world.reproduction = Reproduction(lambda config: stated.append(config.rounds) or [CLAIM], on_gpu=("--rounds", "2000"))
+    world.run(quick=quick)
+    long = gpu and not quick
+    assert stated == [2000 if long else 30]
+    given = ["--rounds", "2000"] if long else ["--quick"] if quick else []
+    assert world.started[0][6:] == given
+    arguments = reproduce.arguments_of(reproduce.study("small"), reproduce.Config(quick=quick))
+    entry = results_page.entry(world.out / "small", arguments)
+    assert f"Command: `{' '.join(['python -m experiments.small', *given])}`" in results_page.page({"small": entry})
+    monkeypatch.setattr(reproduce, "_has_gpu", lambda: not gpu)
+    world.run(quick=quick)  # the other form is another configuration
+    assert len(world.started) == (1 if quick else 2)
+
+
 def test_the_page_keeps_what_was_not_run_again_and_the_readme_has_the_table(world, tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()

@@ -1,6 +1,6 @@
 """The results page: docs/results.json keeps the last full run of each study, docs/results.md and the README's table are made from it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ Made by `make reproduce` from the last full run of each study; do not edit. Meas
 """
 
 
-def bring_up_to_date(folder: Path, runs: Path, names: Iterable[str]) -> None:
-    """Takes over the finished runs of `names` below `runs`, and writes the page and the README's table anew.
+def bring_up_to_date(folder: Path, runs: Path, studies: Mapping[str, Sequence[str]]) -> None:
+    """Takes over the finished runs of these studies below `runs`, and writes the page and the README's table anew.
 
-    folder: of results.json and results.md; the README is beside it. A study that was not run or failed keeps what is recorded of it.
-    Raises FlJaxError where a file cannot be read or written.
+    folder: of results.json and results.md; the README is beside it. studies: name -> the arguments with which it was run. One that
+    was not run or failed keeps what is recorded of it. Raises FlJaxError where a file cannot be read or written.
     """
     stored = read_json(folder / DATA) if (folder / DATA).exists() else {}
-    stored |= {name: entry(runs / name) for name in names if (runs / name / CLAIMS).exists()}
+    stored |= {name: entry(runs / name, arguments) for name, arguments in studies.items() if (runs / name / CLAIMS).exists()}
     with disk_errors(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / DATA, stored)
@@ -35,15 +35,15 @@ def bring_up_to_date(folder: Path, runs: Path, names: Iterable[str]) -> None:
             write_atomically(readme, with_claims(readme.read_text(), stored))
 
 
-def entry(folder: Path) -> dict[str, Any]:
-    """What results.json keeps of a run folder: its claims, and what it ran on."""
+def entry(folder: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """What results.json keeps of a run folder: its claims, how it was run and on what."""
     processes = load_run(folder).environment
     last = processes[-1]
     return {
         "claims": [record(verdict) for verdict in read_claims(folder / CLAIMS)],
         "seconds": sum(process["wall_seconds"] or 0 for process in processes),
         "compile_seconds": sum(process["compile_seconds"] or 0 for process in processes),
-        "date": last["started"][:10],
+        "date": last["started"][:10], "arguments": list(arguments),
         "source": last["source"], "versions": last["versions"], "hardware": last["hardware"],
     }
 
@@ -73,11 +73,13 @@ def _section(name: str, found: Mapping[str, Any]) -> str:
     commit = f"commit {source['commit'][:10]}{' with changes' if source['dirty'] else ''}" if source["commit"] else "outside a checkout"
     machine = f"{hardware['usable_cores']} cores of {hardware['cpu']}" if hardware["backend"] == "cpu" else ", ".join(hardware["devices"])
     packages = ", ".join(f"{package} {versions[package]}" for package in ("python", "jax", "flax", "optax") if versions.get(package))
+    # what was recorded before studies could have arguments has none
+    command = " ".join([f"python -m experiments.{name}", *found.get("arguments", [])])
     tolerances = dict.fromkeys(f"- {verdict.claim.claim}: {verdict.claim.reason}." for verdict in verdicts)
     return (
         f"## {name}\n\n{claims_table(verdicts).markdown()}\nWhy these tolerances:\n\n" + "\n".join(tolerances) +
         f"\n\n{_duration(found['seconds'])} ({found['compile_seconds']:.0f} s of compiling, summed over processes) on {machine}; {packages}; {commit}; "
-        f"{found['date']}. Command: `python -m experiments.{name}`\n")
+        f"{found['date']}. Command: `{command}`\n")
 
 
 def _verdicts(found: Mapping[str, Any]) -> list[Verdict]:
