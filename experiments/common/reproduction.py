@@ -25,8 +25,8 @@ class Reproduction(NamedTuple):
 
     claims: (config) -> what the study is to show, in its full or its quick form; `run` judges exactly these and writes the verdicts to its
     run folder (RunFolder.write_claims). datasets: the published data sets that it needs. gpu: its full form takes too long on a CPU.
-    on_gpu: arguments, such as ("--rounds", "2000"), that make of the full form, a short one that suits a CPU, the one that runs where
-    there is a GPU; the short one states the claims of the long one too, as not run.
+    on_gpu: arguments, such as ("--rounds", "2000"), that make of the full form, a short one that suits a CPU, the one that runs
+    where there is a GPU; the short one states the claims of the long one too, as not run.
     """
 
     claims: Callable[[Any], Sequence[Claim]]

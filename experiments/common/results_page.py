@@ -21,8 +21,8 @@ Made by `make reproduce` from the last full run of each study; do not edit. Meas
 def bring_up_to_date(folder: Path, runs: Path, studies: Mapping[str, Sequence[str]]) -> None:
     """Takes over the finished runs of these studies below `runs`, and writes the page and the README's table anew.
 
-    folder: of results.json and results.md; the README is beside it. studies: name -> the arguments with which it was run. One that
-    was not run or failed keeps what is recorded of it. Raises FlJaxError where a file cannot be read or written.
+    folder: of results.json and results.md; the README is beside it. studies: name -> the arguments with which it was run. One
+    that was not run or failed keeps what is recorded of it. Raises FlJaxError where a file cannot be read or written.
     """
     stored = read_json(folder / DATA) if (folder / DATA).exists() else {}
     stored |= {name: entry(runs / name, arguments) for name, arguments in studies.items() if (runs / name / CLAIMS).exists()}
