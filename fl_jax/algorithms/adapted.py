@@ -7,7 +7,7 @@ import optax
 
 from fl_jax import batches as _batches
 from fl_jax import deployment, gradients
-from fl_jax.algorithms.averaging import Options, Scalar, fedavg, oracle_of
+from fl_jax.algorithms.averaging import Options, Scalar, fedavg, of_its_own, oracle_of
 from fl_jax.clients import by_path, nothing_local
 from fl_jax.transforms import only
 from fl_jax.types import Batches, Deploy, FederatedAlgorithm, IsLocal, Model
@@ -23,7 +23,7 @@ def fedavg_tuned(
     tuning: how long, e.g. batches.epochs(1, 10). tuning_optimizer: by default that of the rounds. fixed: leaves that are not tuned.
     """
     tune = deployment.fine_tuned(model, tuning_optimizer or optimizer, tuning, fixed=fixed)
-    return fedavg(model, optimizer, batches, **_deploying(tune, options))
+    return fedavg(model, optimizer, batches, **_deploying("FedAvg with fine-tuning", tune, options))
 
 
 def fedbabu(
@@ -37,7 +37,7 @@ def fedbabu(
     """
     body = only(optimizer, by_path(model, lambda path, module: not head(path, module)))
     tune = deployment.fine_tuned(model, tuning_optimizer or optimizer, tuning, fixed=fixed)
-    return fedavg(model, body, batches, **_deploying(tune, options))
+    return fedavg(model, body, batches, **_deploying("FedBABU", tune, options))
 
 
 def per_fedavg(
@@ -52,12 +52,11 @@ def per_fedavg(
     """
     gradient = gradients.meta(oracle_of(model, options), inner_rate, hessian_step=hessian_step)
     step = deployment.fine_tuned(model, optax.sgd(inner_rate), _batches.updates(1, batches.size))
-    deployed = _deploying(step, options)
+    deployed = _deploying("Per-FedAvg", step, options)
     deployed["gradient"] = gradient
     return fedavg(model, optimizer, batches, **deployed)
 
 
-def _deploying(step: Deploy, options: Options) -> Options:
-    if "deploy" in options:
-        raise TypeError("What this algorithm's sites deploy is its own: leave out `deploy`.")
+def _deploying(name: str, step: Deploy, options: Options) -> Options:
+    of_its_own(name, "deploy", options)
     return {**options, "deploy": step}

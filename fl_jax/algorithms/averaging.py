@@ -82,6 +82,12 @@ def aggregator_of(options: Options) -> Aggregator:
     return options.get("aggregator") or aggregators.mean()
 
 
+def of_its_own(name: str, part: str, options: Options) -> None:
+    """Raises TypeError where the options have a part that the algorithm of this name has of its own."""
+    if part in options:
+        raise TypeError(f"{name} has its own {part}: leave out `{part}`.")
+
+
 def fedsgd(
     model: Model, learning_rate: Scalar, batches: Batches, *,
     aggregator: Aggregator | None = None, gradient: Gradient | None = None, engine: Engine = ONE_LANE,

@@ -5,7 +5,7 @@ from typing import Unpack
 import optax
 
 from fl_jax import clusters
-from fl_jax.algorithms.averaging import Options, joined, local_client, sent_by
+from fl_jax.algorithms.averaging import Options, joined, local_client, of_its_own, sent_by
 from fl_jax.types import Batches, FederatedAlgorithm, Key, Model
 
 
@@ -18,7 +18,6 @@ def ifca(
     key: draws the start of all models but the first, which is the run's own. Down go `num_clusters` models, up one. It may end in bad
     clusters; the paper starts several times and takes the best.
     """
-    if "aggregator" in options:
-        raise TypeError("IFCA is an aggregator of its own: leave out `aggregator`.")
+    of_its_own("IFCA", "aggregator", options)
     client = clusters.nearest(local_client(model, optimizer, batches, options), model, num_clusters, key)
     return joined(model, sent_by(client, options), options, aggregator=clusters.mean_of_members())

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fl_jax import aggregators, contrastive, corrections, measured
-from fl_jax.algorithms.averaging import Options, Scalar, aggregator_of, joined, local_client, oracle_of, sent_by
+from fl_jax.algorithms.averaging import Options, Scalar, aggregator_of, joined, local_client, of_its_own, oracle_of, sent_by
 from fl_jax.corrections import Corrected, Correction, Pull
 from fl_jax.transforms import add_term, averaging_statistics, frozen, proximal
 from fl_jax.types import Array, Batches, Client, FederatedAlgorithm, Model, PyTree, Variables
@@ -126,12 +126,6 @@ def corrected_client(
 ) -> Client:
     """The client of `fedavg` with a correction, and then its uplink."""
     return sent_by(corrections.corrected(local_client(model, optimizer, batches, options), correction), options)
-
-
-def of_its_own(name: str, part: str, options: Options) -> None:
-    """Raises TypeError where the options have a part that the algorithm of this name is made of."""
-    if part in options:
-        raise TypeError(f"{name} works by the {part} of its own: leave out `{part}`.")
 
 
 def _with_memory(alpha: Scalar) -> optax.GradientTransformationExtraArgs:

@@ -9,8 +9,8 @@ from typing import Unpack
 import optax
 
 from fl_jax import aggregators, corrections, measured
-from fl_jax.algorithms.averaging import Options, Scalar, joined
-from fl_jax.algorithms.drift import corrected_client, of_its_own
+from fl_jax.algorithms.averaging import Options, Scalar, joined, of_its_own
+from fl_jax.algorithms.drift import corrected_client
 from fl_jax.types import Batches, FederatedAlgorithm, Model
 
 

@@ -6,9 +6,8 @@ from typing import Unpack
 import optax
 
 from fl_jax import personal
-from fl_jax.algorithms.averaging import Options, Scalar, fedavg, joined, local_client, oracle_of, sent_by
+from fl_jax.algorithms.averaging import Options, Scalar, fedavg, joined, local_client, of_its_own, oracle_of, sent_by
 from fl_jax.clients import by_path
-from fl_jax.errors import FlJaxError
 from fl_jax.norms import AVERAGED, LOCAL, LOCAL_STATISTICS, NormPolicy
 from fl_jax.transforms import chosen_leaves, during, proximal
 from fl_jax.types import Batches, Client, FederatedAlgorithm, IsLocal, Model
@@ -94,7 +93,7 @@ def mr_mtl(
 ) -> FederatedAlgorithm:
     """MR-MTL: mean-regularized multi-task learning; every site has its own model, pulled by strength/2 |v - mean|^2 to the mean of all (Liu et al.
     2022, "On privacy and personalization in cross-silo federated learning", Algorithm A1). Strength 0 is local training."""
-    _refuse_policy(options, "MR-MTL", "every site has all of a model of its own, statistics too")
+    of_its_own("MR-MTL", "norms", options)
     client = personal.pulled_to_mean(_own(model, optax.chain(proximal(strength), optimizer), batches, options))
     client = sent_by(client, options)
     return joined(model, client, options, policy=OWN)
@@ -109,7 +108,7 @@ def pfedme(
 
     beta: of the server, w <- (1 - beta) w + beta mean w_i. Each batch costs `inner_steps` gradients.
     """
-    _refuse_policy(options, "pFedMe", "statistics are those of a site's own model, and the server's their mean")
+    of_its_own("pFedMe", "norms", options)
     client = sent_by(personal.moreau_envelope(
         model, oracle_of(model, options), batches, strength=strength, inner_steps=inner_steps, inner_rate=inner_rate, rate=rate), options)
     return joined(model, client, options, server=optax.sgd(beta), policy=OWN)
@@ -154,9 +153,3 @@ def _keeping(local: IsLocal, name: str, options: Options) -> Options:
     policy = options.get("norms", AVERAGED)
     both = NormPolicy(f"{policy.name}, {name}", lambda path, module: local(path, module) or policy.is_local(path, module))
     return {**options, "norms": both}
-
-
-def _refuse_policy(options: Options, name: str, what: str) -> None:
-    """Raises FlJaxError where the options have a BatchNorm policy, for algorithms that leave none open."""
-    if "norms" in options:
-        raise FlJaxError(f"{name} leaves no BatchNorm policy open, since {what}: leave `norms` out.")
