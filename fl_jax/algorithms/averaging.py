@@ -85,7 +85,7 @@ def aggregator_of(options: Options) -> Aggregator:
 def of_its_own(name: str, part: str, options: Options) -> None:
     """Raises TypeError where the options have a part that the algorithm of this name has of its own."""
     if part in options:
-        raise TypeError(f"{name} has its own {part}: leave out `{part}`.")
+        raise TypeError(f"{name} has {part} of its own: leave out `{part}`.")
 
 
 def fedsgd(
