@@ -14,6 +14,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fl_jax import schedule, trees
+from fl_jax.alone import alone, site_at, site_keys, take_rows
 from fl_jax.types import (
     Aggregator,
     Array,
@@ -22,7 +23,6 @@ from fl_jax.types import (
     Cohort,
     FederatedAlgorithm,
     Key,
-    Metrics,
     PyTree,
     RoundMetrics,
     Site,
@@ -154,37 +154,6 @@ def on_every_device(tree: PyTree, mesh: Mesh | None) -> PyTree:
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def site_keys(key: Key, id: Array) -> Key:
-    """The four keys of a site in a round: for the order of its records, its beginning, its steps, and the aggregator. key: the round's."""
-    return jax.random.split(jax.random.fold_in(key, id), 4)
-
-
-def site_at(sites: Sites, id: Array) -> Site:
-    """Site `id` of these sites as a client sees it outside of a round, of which it has no steps to make."""
-    return Site(id, sites.size[id], jnp.int32(0), partial(_take, sites, sites.offset[id]))
-
-
-def alone(client: Client, key: Key, shared: PyTree, kept: PyTree, site: Site) -> tuple[PyTree, PyTree, Metrics]:
-    """One site's round without an engine: (message, client_state, metrics), for models that a site makes for itself (fl_jax.deployment). The
-    steps are those that the client's batches prescribe; none where there are no records."""
-    steps = jnp.where(site.num_records > 0, client.batches.steps(site.num_records), 0).astype(jnp.int32)
-    ordering, beginning, stepping, _ = site_keys(key, site.id)
-    order = client.batches.order(ordering, jnp.maximum(site.num_records, 1))
-
-    def step(t: Array, carry: PyTree) -> PyTree:
-        index, mask = client.batches.draw(order, t)
-        batch = Batch(*site.take(index), mask, client.batches.expected(order))
-        return client.step(jax.random.fold_in(stepping, t), carry, shared, batch)
-
-    carry = jax.lax.fori_loop(0, steps, step, client.begin(beginning, shared, kept, site._replace(num_steps=steps)))
-    return client.end(carry, shared, kept)
-
-
-def _take(sites: Sites, offset: Array, index: Array) -> tuple[PyTree, PyTree]:
-    rows = trees.copy_rows((sites.x, sites.y), (offset + index).reshape(-1))
-    return jax.tree.map(lambda leaf: leaf.reshape(*index.shape, *leaf.shape[1:]), rows)
-
-
 class _Tasks(NamedTuple):
     """The cohort with what its sites hold, every leaf [c, ...]."""
 
@@ -235,7 +204,7 @@ def _work(
     """One device works through its queue. The hot loop is vmapped steps with neither mask nor cond in it, up to the step at which the
     next lane's site ends; then that one site ends, is lifted into the total, and its lane begins the next site of the queue."""
 
-    take = partial(_take, sites)
+    take = partial(take_rows, sites)
 
     def begin(position: Array) -> _Lane:
         slot = queue.slot[jnp.minimum(position, queue.slot.shape[0] - 1)]

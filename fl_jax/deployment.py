@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from fl_jax import gradients, trees
+from fl_jax.alone import alone
 from fl_jax.clients import by_path, nothing_local
-from fl_jax.core import alone
 from fl_jax.norms import statistics_of_batch_norm
 from fl_jax.personal import own_training
 from fl_jax.transforms import only

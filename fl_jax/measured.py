@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from fl_jax import batches, clients
-from fl_jax.core import alone
+from fl_jax.alone import alone
 from fl_jax.site_loss import site_loss
 from fl_jax.types import Array, Batches, Gradient, Key, Model, PyTree, Site, Variables
 

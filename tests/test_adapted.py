@@ -8,7 +8,7 @@ import pytest
 from conftest import SIZES
 
 from fl_jax import aggregators, algorithms, batches, deployment, gradients, sampling
-from fl_jax.core import site_at
+from fl_jax.alone import site_at
 from fl_jax.errors import FlJaxError
 from fl_jax.types import Batch
 

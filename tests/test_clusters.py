@@ -8,7 +8,7 @@ import pytest
 from conftest import SIZES, sites_of
 
 from fl_jax import aggregators, algorithms, batches, sampling
-from fl_jax.core import site_at
+from fl_jax.alone import site_at
 from fl_jax.errors import FlJaxError
 from fl_jax.site_loss import site_loss
 
