@@ -12,7 +12,8 @@ Time: under a minute on 2 CPU cores, most of it compilation, kept for the next t
 about .96) with an accuracy below that of a hospital's own model; FedBN keeps the AUROC and repairs the accuracy.
 DP-SGD hides a patient for about three points of AUROC; to hide one hospital of five costs nearly everything.
 Learning rate: .1 from {.05, .1, .2} by the validation AUROC of FedAvg; DP-SGD's, 1, and its clip, .1, from {.05, .1, .2, .5, 1} x
-{.1, .5, 2} by its own.
+{.1, .5, 2} by its own. Of the personalised algorithms FedBN is here: Ditto, with the best of four strengths, serves a site as well on
+validation patients (worst hospital's accuracy .79 both), and needs a strength and a second model.
 """
 
 import dataclasses

@@ -59,7 +59,7 @@ def conclude(
     console.print(costs(fits, ledgers, epsilons, config), "")
     unseen = " An unseen site has the mean over the models that the sites deploy." if dataset.unseen_names else ""
     console.print(f"Test records, after round {config.rounds}; mean ± half of the 95 % interval over {config.seeds} seeds (Student t). "
-                  f"Δ: difference paired by seed, * where the interval leaves out 0.{unseen}\n", style="dim")
+                  f"Δ: difference paired by seed, * where the interval leaves out 0.{unseen}\n{policies(fits)}\n", style="dim", highlight=False)
     console.print(Rule("Reading", align="left"))
     console.print(bullets((*reading(results, dataset, arms), *privacy_reading(results, dataset, ledgers, epsilons, config))))
     troubles = [*trouble(results, arms), *undefined(results, dataset)]
@@ -80,6 +80,7 @@ def conclude(
                               for metric in NAMES} for arm in arms if arm not in REFERENCES},
         "epsilon": {arm: {"epsilon": epsilon, "delta": config.delta, "unit": ledgers[arm].unit, "name": ledgers[arm].name,
                           "accountant": CONVERSION[ACCOUNTANT]} for arm, epsilon in epsilons.items()},
+        "norms": {arm: fit.norms for arm, fit in fits.items()},
         "bytes_per_round": {arm: dict(zip(("down", "up"), fit.payload, strict=True)) for arm, fit in fits.items()},
         "notes": list(dataset.notes), "troubles": troubles, "seconds": seconds,
     })
@@ -134,6 +135,14 @@ def costs(fits: Mapping[str, Fit], ledgers: Mapping[str, PrivacyLedger], epsilon
                *(Column(unit, f"ε of a {names[unit]}", _epsilon) for unit in (Unit.RECORD, Unit.CLIENT))]
     return comparison_table(
         rows, columns, f"Costs of a site: traffic in a round, privacy after {config.rounds} rounds (δ {config.delta:g})")
+
+
+def policies(fits: Mapping[str, Fit]) -> str:
+    """What becomes of BatchNorm in each arm, in a sentence."""
+    arms: dict[str, list[str]] = {}
+    for arm, fit in fits.items():
+        arms.setdefault(fit.norms.removeprefix("BatchNorm "), []).append(arm)
+    return f"BatchNorm: {'; '.join(f'{policy} ({_listed(names)})' for policy, names in arms.items())}."
 
 
 def reading(results: Results, dataset: FederatedDataset, arms: list[str]) -> list[str]:

@@ -89,7 +89,7 @@ def plain(text):
 def test_the_run_folder_is_complete(hospitals):
     run, _ = hospitals
     assert {path.name for path in run.path.iterdir() if not path.name.startswith(".")} == {
-        "checkpoints", "config.json", "environment.json", "figures", "metrics.csv", "summary.json", "tensorboard"}
+        "arms.json", "checkpoints", "config.json", "environment.json", "figures", "metrics.csv", "summary.json", "tensorboard"}
     assert len(list((run.path / "tensorboard").glob("*/seed_*/events.*"))) == len(ARMS) * 3
     assert {path.stem for path in (run.path / "figures").glob("*.png")} == FIGURES
     assert len(list((run.path / "checkpoints").iterdir())) == len(ARMS)
@@ -131,12 +131,13 @@ def test_the_summary_has_intervals_of_the_rows(hospitals):
     sent = {arm: found["up"] for arm, found in run.summary["bytes_per_round"].items()}
     assert 0 == sent["local only"] < sent["FedBN"] < sent["DP, weak"] < sent["FedAvg"]
     assert run.summary["troubles"] == []
+    assert run.summary["norms"]["FedBN"] == "BatchNorm local" and run.summary["norms"]["DP-SGD"] == "no BatchNorm"
 
 
 @pytest.mark.slow
 def test_what_is_printed_says_what_is_real_and_fits_the_terminal(hospitals):
     run, printed = hospitals
-    for words in ("Real: the patients", "Simulated: the hospitals", "Hospital F (unseen)", "AUROC at each site", "Costs of a site", "The ledger of DP-SGD at Hospital A: 6 rounds of 4 times (Gaussian noise of",
+    for words in ("Real: the patients", "Simulated: the hospitals", "Hospital F (unseen)", "AUROC at each site", "Costs of a site", "BatchNorm: ", "The ledger of DP-SGD at Hospital A: 6 rounds of 4 times (Gaussian noise of",
                   "Δ central", "interval over 3 seeds", f"{run.summary['epsilon']['DP, strong']['epsilon']:.3g}", *ARMS):
         assert words in plain(printed), words
     assert printed.splitlines()[-1] == str(run.path)
