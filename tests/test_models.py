@@ -438,6 +438,8 @@ def test_an_example_of_float64_is_what_jax_makes_of_it():
         (models.FedAvgCNN(62), (28, 28, 1), 1_663_370 + 52 * 513),
         (models.FedAvgCNN(10, padding="VALID"), (28, 28, 1), 582_026),
         (models.DPSGDCNN(10), (28, 28, 1), 26_010),
+        (models.NIIDBenchCNN(10), (28, 28, 1), 44_426),
+        (models.NIIDBenchCNN(10), (32, 32, 3), 62_006),
         (models.NormedCNN(2), (28, 28, 1), 26_490),
         (models.PflCifarCNN(10), (32, 32, 3), 1_626_442),
         (models.ResNet18(10, models.batch_norm), (32, 32, 3), 11_173_962),

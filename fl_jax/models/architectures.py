@@ -153,6 +153,27 @@ class NormedCNN(nn.Module):
         return nn.Dense(self.num_classes)(nn.relu(self.norm(train)(x)))
 
 
+class NIIDBenchCNN(nn.Module):
+    """The CNN of NIID-Bench (Li et al. 2022, arXiv 2102.02079, section V), of LeNet's shape: 5 x 5 convolutions without padding to 6 and 16
+    channels, each with ReLU and 2 x 2 max pooling, dense layers of 120 and 84 with ReLU, softmax.
+
+    x [B, H, W, channels] -> logits [B, num_classes]. For 10 classes, 44,426 parameters with 28 x 28 x 1 and 62,006 with 32 x 32 x 3.
+    """
+
+    num_classes: int = 10
+    implementation: Convolution | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for features in (6, 16):
+            x = nn.relu(Conv(features, (5, 5), padding="VALID", implementation=self.implementation)(x))
+            x = max_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for features in (120, 84):
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
 class PflCifarCNN(nn.Module):
     """The CIFAR-10 CNN of personalised-learning comparisons: 3 x 3 convolutions without padding to 32 and 64 channels with ReLU,
     2 x 2 max pooling, dropout .25, a dense layer of 128 with ReLU, dropout .5, softmax (the layers of PyTorch's MNIST example).
