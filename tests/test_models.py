@@ -13,6 +13,7 @@ from sklearn.metrics import log_loss
 
 from fl_jax import models
 from fl_jax.errors import FlJaxError
+from fl_jax.models import convolution
 from fl_jax.types import Batch, Variables
 
 
@@ -80,12 +81,15 @@ CONVOLUTIONS = [
     ((2, 4), (1, 1), "SAME", 2, (5, 6)),
     ((1, 1), (2, 2), "SAME", 3, (6, 5)),
     ((3, 7), (1, 2), "VALID", 2, (9, 9)),
+    ((3, 5), (1, 1), "SAME", 2, (4, 19)),
 ]
+WITHOUT_STRIDES = [case for case in CONVOLUTIONS if case[1] == (1, 1)]
 
 
 @pytest.mark.parametrize(
     ("implementation", "case"),
-    [(models.cpu_convolution, case) for case in CONVOLUTIONS] + [(models.im2col, CONVOLUTIONS[0])],
+    [(models.cpu_convolution, case) for case in CONVOLUTIONS] + [(models.minimal_filtering, case) for case in WITHOUT_STRIDES]
+    + [(models.im2col, CONVOLUTIONS[0])],
 )
 def test_conv_equals_flax_forward_and_in_both_gradients_over_clients(case, implementation):
     kernel_size, strides, padding, channels, image = case
@@ -417,8 +421,9 @@ def test_images_that_cannot_be_convolved_are_named():
         models.bridge(models.FedAvgCNN(), jnp.zeros((2, 28, 28)), models.softmax_cross_entropy)
     with pytest.raises(FlJaxError, match="does not fit an image of"):
         models.bridge(models.PflCifarCNN(), jnp.zeros((2, 4, 4, 3)), models.softmax_cross_entropy)
-    with pytest.raises(FlJaxError, match="use im2col"):
-        models.minimal_filtering(jnp.zeros((1, 5, 5, 1)), jnp.zeros((3, 3, 1, 1)), (2, 2), ((0, 0), (0, 0)))
+    for convolve in (models.minimal_filtering, models.column_tiles):
+        with pytest.raises(FlJaxError, match="use im2col"):
+            convolve(jnp.zeros((1, 5, 5, 1)), jnp.zeros((3, 3, 1, 1)), (2, 2), ((0, 0), (0, 0)))
 
 
 def test_an_example_of_float64_is_what_jax_makes_of_it():
@@ -467,6 +472,16 @@ def test_resnet18_table_holds_every_batch_norm_with_those_of_the_shortcuts():
     for path, _ in jax.tree_util.tree_leaves_with_path(shapes.params):
         names = ("params", *(k.key for k in path))
         assert (models.owner(model.modules, names) is nn.BatchNorm) == (names[1:-1] in measured)
+
+
+def test_the_convolution_of_a_cpu_follows_from_channels_and_features(monkeypatch):
+    taken = []
+    for name in ("column_tiles", "minimal_filtering", "im2col"):
+        monkeypatch.setattr(convolution, name, lambda *given, name=name: taken.append(name))
+    for channels, features, strides, width in ((1, 6, 1, 5), (6, 16, 1, 5), (1, 32, 1, 5), (16, 16, 1, 3), (1, 16, 2, 8), (16, 4, 1, 7)):
+        models.cpu_convolution(
+            jnp.zeros((1, 9, 9, channels)), jnp.zeros((width, width, channels, features)), (strides, strides), ((0, 0), (0, 0)))
+    assert taken == ["column_tiles"] * 2 + ["minimal_filtering"] * 2 + ["im2col"] * 2
 
 
 def test_fedavg_cnn_learns_the_same_with_either_convolution():

@@ -17,7 +17,14 @@ from fl_jax.models.architectures import (
     layer_norm,
 )
 from fl_jax.models.bridge import bridge, images_uint8, owner
-from fl_jax.models.convolution import cpu_convolution, default_convolution, im2col, minimal_filtering, xla_convolution
+from fl_jax.models.convolution import (
+    column_tiles,
+    cpu_convolution,
+    default_convolution,
+    im2col,
+    minimal_filtering,
+    xla_convolution,
+)
 from fl_jax.models.layers import Conv, max_pool
 from fl_jax.models.losses import (
     Loss,
@@ -47,6 +54,7 @@ __all__ = [
     "batch_norm",
     "bridge",
     "bridge_nnx",
+    "column_tiles",
     "cox_partial_likelihood",
     "cpu_convolution",
     "default_convolution",

@@ -21,6 +21,10 @@ Convolution = Callable[[Array, Array, tuple[int, int], Pairs], Array]
 # Interpolation points, the last being infinity. Six of them keep the rounding error near that of a direct sum.
 _POINTS = (0.0, 1.0, -1.0, 2.0, -2.0)
 
+_TILE = 8
+# Measured with 64 images a step: twice as fast as the others with 1 or 6 channels, slower with 16 of them.
+_FEW_CHANNELS, _FEW_FEATURES = 8, 16
+
 
 def xla_convolution(x: Array, kernel: Array, strides: tuple[int, int], padding: Pairs) -> Array:
     """XLA's own convolution: the choice on a GPU or TPU."""
@@ -75,9 +79,37 @@ def minimal_filtering(x: Array, kernel: Array, strides: tuple[int, int], padding
     return y.reshape(batch, rows, tiles * tile, features)[:, :, :columns]
 
 
+def column_tiles(x: Array, kernel: Array, strides: tuple[int, int], padding: Pairs) -> Array:
+    """Eight neighbouring outputs of a row as one product with a banded matrix: (8 + w - 1) / 8 ... (8 + w - 1) / w times the multiplications
+    of a direct sum, in matrices that are wide enough for a CPU where channels and features are few.
+
+    Rounding of a direct sum. Raises FlJaxError unless strides are (1, 1).
+    """
+    if strides != (1, 1):
+        raise FlJaxError("column_tiles takes strides (1, 1); use im2col for others.")
+    height, width, channels, features = kernel.shape
+    batch = x.shape[0]
+    rows = x.shape[1] + sum(padding[0]) - height + 1
+    columns = x.shape[2] + sum(padding[1]) - width + 1
+    tile = min(_TILE, columns)
+    tiles = -(-columns // tile)
+    span = tile + width - 1
+    low, high = padding[1]
+    x = jnp.pad(x, ((0, 0), padding[0], (low, high + tiles * tile - columns), (0, 0)))
+    spans = jnp.stack([x[:, :, j : j + span].reshape(batch, -1, span * channels) for j in range(0, tiles * tile, tile)], 2)
+    band = np.arange(span)[:, None, None] == np.arange(tile)[:, None] + np.arange(width)  # where output p reads kernel column b
+    matrix = jnp.einsum("jpb,ibco->ijcpo", jnp.asarray(band, kernel.dtype), kernel)
+    stacked = jnp.concatenate([spans[:, i : i + rows] for i in range(height)], -1)
+    y = stacked @ matrix.reshape(height * span * channels, tile * features)
+    return y.reshape(batch, rows, tiles * tile, features)[:, :, :columns]
+
+
 def cpu_convolution(x: Array, kernel: Array, strides: tuple[int, int], padding: Pairs) -> Array:
-    """The faster of `minimal_filtering` (stride 1, kernel 2 to 5 wide, at least float32) and `im2col` (all else) on a CPU."""
+    """The fastest on a CPU: with stride 1 `column_tiles` for few channels and features, else `minimal_filtering` for kernels 2 to 5 wide and at
+    least float32; `im2col` for all else."""
     exact_enough = jnp.finfo(x.dtype).bits >= 32
+    if strides == (1, 1) and kernel.shape[2] <= _FEW_CHANNELS and kernel.shape[3] <= _FEW_FEATURES:
+        return column_tiles(x, kernel, strides, padding)
     if strides == (1, 1) and 2 <= kernel.shape[1] <= len(_POINTS) and exact_enough:
         return minimal_filtering(x, kernel, strides, padding)
     return im2col(x, kernel, strides, padding)
