@@ -22,6 +22,7 @@ convolution. Learning rates: centralized, local and federated training each from
 kind of hospitals, by validation images after the long budget on federations of other seeds without test images; all policies share
 FedAvg's, since they train alike but for FedBN. Which policy counts as mended is chosen on those validation images too. The short
 budget is the beginning of the same runs; what rates of its own would have been worth is told.
+Not recorded yet: neither form has been run to its end, so that there are no expected numbers here, and STUDIES does not have it.
 Data: `python -m fl_jax.data prepare pneumoniamnist`.
 """
 

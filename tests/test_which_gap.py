@@ -173,10 +173,3 @@ def test_the_grid_is_judged_after_either_budget_on_validation_images():
     assert "test" not in seen and set(tried) == {*POLICIES, LOCAL, CENTRALIZED}
     for of in tried.values():
         assert set(of) == set(CELLS) and all(found.scores.shape == (2, 1) for found in of.values())
-
-
-@pytest.mark.slow
-def test_the_quick_form_shows_what_it_claims(quick_form):
-    folder = quick_form("which_gap", "pneumoniamnist")
-    verdicts = read_claims(folder / "claims.json")
-    assert verdicts and not [verdict for verdict in verdicts if verdict.broken]
