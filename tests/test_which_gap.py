@@ -9,32 +9,32 @@ import numpy as np
 import pytest
 
 from experiments import which_gap
-from experiments.common import rate_grid
+from experiments.common import chest_xrays, rate_grid
 from experiments.common.chest_xrays import SITES
-from experiments.which_gap import POLICIES, Config, mended_policy, network, rates, some, tune
-from experiments.which_gap_report import (
-    ALL_ON,
+from experiments.which_gap import rates, tune
+from experiments.which_gap_protocol import (
     CENTRALIZED,
     FEDERATED,
+    HELD_OUT,
     LOCAL,
     LONG,
     MENDED,
     METRIC,
+    OFFICIAL,
+    POLICIES,
     RATE,
     SHORT,
-    SWITCHES,
     TRAINERS,
     Cell,
-    Gaps,
-    Tried,
-    claims,
+    Config,
+    federations,
     kind,
-    shapley,
 )
+from experiments.which_gap_report import ALL_ON, SWITCHES, Gaps, Tried, claims, shapley, stated
 from fl_jax import models, norms
 from fl_jax.data import Source
 from fl_jax.errors import FlJaxError
-from fl_jax.results import MetricRow, frame, load_run, read_claims
+from fl_jax.results import MetricRow, claims_table, frame, load_run, read_claims
 
 CELLS = [Cell(budget, alike) for budget in (SHORT, LONG) for alike in (False, True)]
 SMALL = Config(short=1, long=2, batch_size=16, width=2, seeds=2, tuning_seeds=1, rates=(0.02, 0.1), images=120)
@@ -79,65 +79,80 @@ def test_shares_add_up_and_are_fair_to_switches():
 
 
 def by_hand():
-    """AUROC of two seeds in every cell: a number for each arm, budget and kind of hospitals."""
+    """AUROC of two seeds in every cell: a number for each arm, budget, kind of hospitals and kind of images."""
     worth = {CENTRALIZED: 0.95, FEDERATED: 0.80, MENDED[0]: 0.84, MENDED[1]: 0.86, MENDED[2]: 0.85, LOCAL: 0.82}
     rows = []
-    for arm, cell, seed in itertools.product(worth, CELLS, (0, 1)):
+    for arm, cell, seed, split in itertools.product(worth, CELLS, (0, 1), (HELD_OUT, OFFICIAL)):
         value = worth[arm] + (arm not in (CENTRALIZED, LOCAL)) * (0.03 * (cell.budget == LONG) + 0.02 * cell.alike) + 0.001 * seed
+        value -= (split == OFFICIAL) * 0.1 * (arm == CENTRALIZED)
         for metric, site in itertools.product((METRIC, "accuracy"), ("mean", "worst", *SITES)):
-            rows.append(MetricRow(f"{arm}, {kind(cell.alike)}", seed, 2 if cell.budget == LONG else 1, "test", site, metric, value))
+            rows.append(MetricRow(f"{arm}, {kind(cell.alike)}", seed, 2 if cell.budget == LONG else 1, split, site, metric, value))
     return frame(rows)
 
 
 def test_gaps_are_against_centralized_training_of_the_long_run():
-    gaps = Gaps(by_hand(), MENDED[1], 1)
+    gaps = Gaps(by_hand(), SMALL)
     np.testing.assert_allclose(gaps.gap(FEDERATED, Cell(SHORT, False)), 0.15)
+    np.testing.assert_allclose(gaps.on(OFFICIAL).gap(FEDERATED, Cell(SHORT, False)), 0.05)
     np.testing.assert_allclose(gaps.of_switches(ALL_ON), 0.95 - 0.86 - 0.05)
     shares = gaps.shares()
     np.testing.assert_allclose([shares[name].mean() for name in SWITCHES], [0.06, 0.03, 0.02], atol=1e-9)
+    np.testing.assert_allclose(gaps.with_policy(MENDED[0]).on(OFFICIAL).shares()[SWITCHES[0]], 0.04, atol=1e-9)
 
 
 def test_claims_are_of_the_shares_and_the_quick_ones_are_marked():
     full, quick = claims(Config()), claims(Config.quick_defaults())
-    assert len(full) == 5 and not any(claim.quick for claim in full)
+    assert len(full) == 6 and not any(claim.quick for claim in full)
     assert quick and all(claim.quick for claim in quick) and {c.claim for c in quick} <= {c.claim for c in full}
+    found = {claim.claim: law(Gaps(by_hand(), SMALL)).mean() for claim, law in stated(Config())}
+    np.testing.assert_allclose([*found.values()], [0.15, 0.06, 0.06, 0.04, 0.06, 0.04], atol=2e-3)
 
 
 @pytest.mark.parametrize("changes, sentence", [
     ({"long": 5, "short": 5}, "must be more than"), ({"long": 15, "short": 10}, "multiple"), ({"seeds": 0}, "1 or more"),
-    ({"chosen": ((0.1, 0.1),) * 2, "mended": MENDED[0]}, "two learning rates"), ({"chosen": ((0.1, 0.1),) * 3, "mended": "FedAvg"}, "mended"),
+    ({"chosen": ((0.1, 0.1),) * 2}, "two learning rates"), ({"mended": "FedAvg"}, "mended must be one of"),
+    ({"held_out": 1.0}, "held_out must be between"), ({"arms": (FEDERATED, MENDED[0], CENTRALIZED)}, "FedAvg, recalibrated and centralized among"),
 ])
 def test_configurations_that_mean_nothing_are_refused(changes, sentence):
     with pytest.raises(FlJaxError, match=sentence):
         dataclasses.replace(Config(), **changes)
 
 
-def test_the_policies_are_the_librarys_and_only_training_images_are_cut():
+def test_the_policies_are_the_librarys():
     assert [policy.name for policy in POLICIES.values()] == [
         policy.name for policy in (norms.AVERAGED, norms.LOCAL_STATISTICS, norms.RECALIBRATED, norms.LOCAL)]
-    load = some(images, SMALL)
-    assert len(load("train").y) == 120 and len(load("test").y) == 60 and len(some(images, dataclasses.replace(SMALL, images=0))("train").y) == 150
 
 
-def test_rates_and_policy_follow_from_validation_scores_alone():
+def test_held_out_images_are_of_the_training_ones_and_the_grid_has_no_test_images():
+    config = dataclasses.replace(SMALL, images=100)
+    measured, tuning = (federations(config, images, [0, 1], tuning=tuning)[False, 0] for tuning in (False, True))
+    assert measured.train.sizes.sum() == 75 and measured.validation.sizes.sum() == 25 and measured.test.sizes.sum() == 60
+    assert tuning.train.sizes.sum() == 100 and tuning.validation.sizes.sum() == 40 and tuning.test.sizes.sum() == 0
+    assert not tuning.unseen_names
+    # without calibration and noise an image is what it was: no held-out one is trained on
+    plain = chest_xrays.to_measure(chest_xrays.Hospitals(2.0, 1.0, 0.0, 0.0, 0.0), 0, images, 0.25)
+    train, held = ({image.tobytes() for image in records.x} for records in (plain.train, plain.validation))
+    assert not train & held and len(train | held) == 150 and train | held == {image.tobytes() for image in images("train").x}
+    assert [*federations(config, images, [0, 1], tuning=False)] == [(False, 0), (False, 1), (True, 0), (True, 1)]
+
+
+def test_rates_follow_from_validation_scores_alone_and_the_policies_have_fedavgs():
     axes = {RATE: SMALL.rates}
 
     def tried(first, second):
         scores = np.array([[first], [second]])
         return dict.fromkeys(CELLS, Tried(scores, rate_grid.choose(axes, scores)))
 
-    grids = {FEDERATED: tried(0.7, 0.6), MENDED[0]: tried(0.6, 0.9), MENDED[1]: tried(0.8, 0.1), MENDED[2]: tried(0.7, 0.95),
-             LOCAL: tried(0.1, 0.2), CENTRALIZED: tried(0.1, 0.2)}
+    grids = {FEDERATED: tried(0.7, 0.6), LOCAL: tried(0.1, 0.2), CENTRALIZED: tried(0.1, 0.2)}
     found = rates(SMALL, grids)
     assert {found[arm][False] for arm in (FEDERATED, *MENDED)} == {0.02} and found[LOCAL][True] == 0.1
-    assert mended_policy(SMALL, grids) == MENDED[1]  # the best at FedAvg's rate
-    fixed = dataclasses.replace(SMALL, chosen=((0.1, 0.2),) * len(TRAINERS), mended=MENDED[2])
-    assert rates(fixed, {})[MENDED[0]] == {False: 0.1, True: 0.2} and mended_policy(fixed, {}) == MENDED[2]
+    fixed = dataclasses.replace(SMALL, chosen=((0.1, 0.2),) * len(TRAINERS))
+    assert rates(fixed, {})[MENDED[0]] == {False: 0.1, True: 0.2}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    config = dataclasses.replace(SMALL, chosen=((0.05, 0.05),) * len(TRAINERS), mended=MENDED[1], out=tmp_path_factory.mktemp("gap") / "run")
+    config = dataclasses.replace(SMALL, chosen=((0.05, 0.05),) * len(TRAINERS), out=tmp_path_factory.mktemp("gap") / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(which_gap, "network", dense)
         which_gap.run(config, images)
@@ -155,13 +170,12 @@ def test_a_run_leaves_claims_policies_and_figures(finished):
 
 def test_policies_differ_where_hospitals_do_and_the_averaged_model_is_one_for_all(finished):
     _, left = finished
-    gaps = Gaps(left.metrics, MENDED[1], 1)
+    gaps = Gaps(left.metrics, SMALL)
     for cell in CELLS:
         assert len({gaps.values(arm, cell, "accuracy")[0] + gaps.values(arm, cell)[0] for arm in POLICIES}) > 1
     assert all(np.isfinite(gaps.values(arm, cell)).all() for arm in POLICIES for cell in CELLS)
 
 
-@pytest.mark.slow
 def test_the_grid_is_judged_after_either_budget_on_validation_images():
     seen = []
 
@@ -169,7 +183,13 @@ def test_the_grid_is_judged_after_either_budget_on_validation_images():
         seen.append(split)
         return images(split)
 
-    tried = tune(SMALL, network(SMALL), some(watched, SMALL))
-    assert "test" not in seen and set(tried) == {*POLICIES, LOCAL, CENTRALIZED}
+    tried = tune(SMALL, dense(SMALL), watched)
+    assert "test" not in seen and set(tried) == {*TRAINERS}
     for of in tried.values():
         assert set(of) == set(CELLS) and all(found.scores.shape == (2, 1) for found in of.values())
+
+
+@pytest.mark.slow
+def test_the_quick_form_holds(quick_form):
+    verdicts = read_claims(quick_form("which_gap", "pneumoniamnist") / "claims.json")
+    assert len(verdicts) == 2 and all(verdict.holds for verdict in verdicts), claims_table(verdicts).text(120)

@@ -37,10 +37,13 @@ def site_sizes(size_ratio: float, num_records: int) -> np.ndarray:
     return apportion(size_ratio ** -(np.arange(count) / (count - 1)), num_records)
 
 
-def to_measure(hospitals: Hospitals, seed: int, images: Load) -> FederatedDataset:
-    """The official training and test images at the four hospitals, and all test images as a fifth would have measured them; no
-    validation images. The seed draws who is where, and the calibrations."""
-    return _federation(hospitals, seed, images, "test")
+def to_measure(hospitals: Hospitals, seed: int, images: Load, held_out: float = 0.0) -> FederatedDataset:
+    """The official training and test images at the four hospitals, and all test images as a fifth would have measured them.
+
+    The seed draws who is where, and the calibrations. held_out: a share of the training images, drawn by it too, that are for
+    validation instead: images of the population that is trained on, which the official test images are not quite.
+    """
+    return _federation(hospitals, seed, images, "test", held_out)
 
 
 def to_choose(hospitals: Hospitals, seed: int, images: Load) -> FederatedDataset:
@@ -48,9 +51,14 @@ def to_choose(hospitals: Hospitals, seed: int, images: Load) -> FederatedDataset
     return _federation(hospitals, seed, images, "validation")
 
 
-def _federation(hospitals: Hospitals, seed: int, images: Load, held_out: str) -> FederatedDataset:
+def _federation(hospitals: Hospitals, seed: int, images: Load, split: str, held_out: float = 0.0) -> FederatedDataset:
     rng = np.random.default_rng(seed)
-    train, other = images("train"), images(held_out)
+    train, other = images("train"), images(split)
+    order = np.random.default_rng([seed, 1]).permutation(len(train.y))  # by a generator of its own: who is where stays as it is
+    count = round(held_out * len(order))
+    apart = train._replace(x=train.x[order[:count]], y=train.y[order[:count]])
+    if count:
+        train = train._replace(x=train.x[order[count:]], y=train.y[order[count:]])
     log_odds = spread_log_odds(hospitals.case_mix, len(SITES))
 
     def dealt(source: Source) -> Records:
@@ -60,9 +68,9 @@ def _federation(hospitals: Hospitals, seed: int, images: Load, held_out: str) ->
 
     own, rest = dealt(train), dealt(other)
     empty = no_records(own, len(SITES))
-    measured = held_out == "test"
+    measured = split == "test"
     dataset = FederatedDataset(
-        name=train.name, train=own, validation=empty if measured else rest, test=rest if measured else empty,
+        name=train.name, train=own, validation=(dealt(apart) if count else empty) if measured else rest, test=rest if measured else empty,
         unseen=Records(other.x, other.y, np.array([0, len(other.y)])) if measured else no_records(own),
         site_names=SITES, unseen_names=(UNSEEN,) if measured else (), num_classes=2, class_names=train.class_names,
         notes=(

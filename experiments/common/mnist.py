@@ -78,6 +78,19 @@ def by_class(tables: Sequence[Records], num_classes: int) -> Sites:
     return Sites(*(jnp.asarray(np.stack(leaves)) for leaves in zip(*map(sites, tables), strict=True)))
 
 
+def some(images: Load, count: int, seed: int) -> Load:
+    """The images, of the training ones only so many, drawn by chance; all where there are no more."""
+
+    def load(split: str) -> Source:
+        source = images(split)
+        if split != "train" or count >= len(source.y):
+            return source
+        kept = np.sort(np.random.default_rng([seed, 1]).permutation(len(source.y))[:count])
+        return source._replace(x=source.x[kept], y=source.y[kept])
+
+    return load
+
+
 def unit_pixels(x: Array) -> Array:
     """uint8 pixels as float32 in [0, 1]."""
     return x.astype(jnp.float32) / 255
