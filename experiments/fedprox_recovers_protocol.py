@@ -95,7 +95,7 @@ class Config(cli.Common):
         """Four seeds, one model, five arms, with learning rates and strengths that the full form chose."""
         return cls(
             quick=True, seeds=4, evaluate_every=30, models=(LINEAR,), arms=(LOCAL, FEDAVG, FEDPROX, SCAFFOLD, DITTO),
-            chosen=((0.1,), (0.1,), (0.1, 0.1), (0.1,), (0.1, 0.1)))
+            chosen=((0.0178,), (0.0178,), (0.0316, 1.0), (0.0178,), (0.0316, 0.1)))
 
     def arms_of(self, model: str) -> tuple[str, ...]:
         """The arms that a model has."""

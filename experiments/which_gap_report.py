@@ -263,7 +263,9 @@ def shares_figure(gaps: Gaps) -> Figure:
         axes.axhline(0, color=GREY, linewidth=0.8)
         axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
         dress(axes, y="points of AUROC", title=f"the gap to centralized training, {IMAGES[split]}")
-    panels[0].sharey(panels[1])
+    limits = np.array([axes.get_ylim() for axes in panels])
+    for axes in panels:
+        axes.set_ylim(limits[:, 0].min(), limits[:, 1].max())
     shown = [arm for arm in (CENTRALIZED, FEDERATED, gaps.mended, LOCAL) if arm in gaps.config.arms]
     for i, arm in enumerate(shown):
         _bars(right, i, [mean_interval(100 * gaps.values(arm, Cell(LONG, False), site=site)) for site in SITES], arm, color=i + 3)

@@ -94,6 +94,10 @@ def personally(model):
     return algorithms.fedper(model, SGD, WORK, HEAD)
 
 
+def from_the_shared_model(model):
+    return algorithms.pfedme(model, WORK, strength=1.0, inner_steps=1, inner_rate=0.1, rate=0.1)
+
+
 def locally(model):
     return algorithms.local_only(model, SGD, WORK)
 
@@ -206,6 +210,13 @@ def test_a_newcomer_is_given_the_shared_model_or_makes_a_round_of_its_own(traine
     kept = jax.tree.map(lambda leaf: leaf.mean(0), state.clients)
     _, own, _ = jax.jit(lambda key: core.alone(client, key, state.shared, kept, site_of(newcomers, 1)))(jax.random.split(KEY, 3)[1])
     close(welcomed[1].params["Dense_1"], own.leaves.params["Dense_1"])
+
+
+def test_a_newcomer_without_records_makes_no_round(trained, newcomers):
+    algorithm, state = trained(from_the_shared_model)
+    given = jax.jit(algorithm.welcome)(KEY, state, jnp.int32(2), newcomers)
+    close(given.params, jax.tree.map(lambda leaf: leaf.mean(0), state.clients[0].params))
+    assert differ(given.params, state.shared.params)  # with which a round of no steps would have ended
 
 
 def test_where_nothing_is_shared_a_newcomer_begins_with_one_sites_model(trained, newcomers):

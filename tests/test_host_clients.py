@@ -27,14 +27,19 @@ def some_of_them(sites):
     return sampling.with_dropouts(sampling.fixed_size(3, len(SITES)), 0.3)
 
 
+def by_coins(sites):
+    """A cohort whose places are not all taken: those of nobody have an id beyond the last client's."""
+    return sampling.poisson(0.4, len(SITES), capacity=4)
+
+
 @pytest.fixture(scope="module")
 def fitted(normed_model):
     """(build, support) -> the fits of an arm on the device and on the host."""
 
-    def fit(build, support=None, folder=None, resume=False, rounds=ROUNDS, mesh=None, which=(False, True)):
+    def fit(build, support=None, folder=None, resume=False, rounds=ROUNDS, mesh=None, which=(False, True), cohorts=some_of_them):
         study = training.Study(
             normed_model, data.stack([dataset(seed, support) for seed in SEEDS]), SITES, UNSEEN, rounds, 2, chunk=8, mesh=mesh)
-        arms = [training.Arm(f"on host {host}", lambda _: build(normed_model), some_of_them, clients_on_host=host) for host in which]
+        arms = [training.Arm(f"on host {host}", lambda _: build(normed_model), cohorts, clients_on_host=host) for host in which]
         fits = training.fit(study, arms, SEEDS, training.seeds_of(SEEDS, stacked=True), progress=False, folder=folder, resume=resume)
         return [fits[arm.name] for arm in arms]
 
@@ -57,6 +62,10 @@ def alike(device, host):
 def test_results_are_those_of_state_on_the_device(monkeypatch, fitted, build, support):
     monkeypatch.setattr(host_clients, "GROUP", 2)  # the last group is not full
     alike(*fitted(build, support))
+
+
+def test_places_of_nobody_change_no_clients_state(fitted):
+    alike(*fitted(lambda model: algorithms.ditto(model, SGD, WORK, 0.5), cohorts=by_coins, rounds=8))
 
 
 def test_runs_on_a_mesh_and_one_client_that_has_all_records_are_no_different(fitted):
