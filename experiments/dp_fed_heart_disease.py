@@ -41,6 +41,7 @@ import pandas as pd
 
 from experiments import dp_fed_heart_disease_report as report
 from experiments.common import cli, rate_grid
+from experiments.common.arms import at_one_place
 from experiments.common.reproduction import Reproduction
 from experiments.dp_fed_heart_disease_protocol import (
     AS_MANY_STEPS,
@@ -73,7 +74,7 @@ from experiments.flamby import opacus
 from experiments.flamby.data import initial_params
 from experiments.flamby.study import starting_from
 from fl_jax import algorithms, batches, data, gradients, privacy, sampling, sweep, training
-from fl_jax.data import FederatedDataset, fed_heart_disease, no_records, pooled_train
+from fl_jax.data import FederatedDataset, fed_heart_disease, no_records
 from fl_jax.metrics import CLASSIFICATION
 from fl_jax.norms import NormPolicy
 from fl_jax.privacy import Accountant, Budget, Guarantee, Unit
@@ -276,11 +277,9 @@ def _not_private(config: Config, model: Model) -> list[training.Arm]:
         return training.Arm(
             name, lambda hyper: starting_from(hyper["start"], build(model, optax.sgd(hyper[RATE]), work)), _everyone)
 
-    pooled = training.Arm(
-        POOLED,
-        lambda hyper: starting_from(
-            hyper["start"], algorithms.centralized(model, optax.sgd(hyper[RATE]), algorithms.pooled_batches(work))),
-        lambda sites: algorithms.matched_budget(sampling.everyone(), work, sites), pooled_train)
+    pooled = at_one_place(
+        POOLED, lambda hyper: starting_from(
+            hyper["start"], algorithms.centralized(model, optax.sgd(hyper[RATE]), algorithms.pooled_batches(work))), work)
     return [*(arm(name, build) for name, build in _algorithms(config).items()), pooled]
 
 

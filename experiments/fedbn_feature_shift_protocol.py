@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
-from experiments.common import cli, mnist
+from experiments.common import arms, cli, mnist
 from experiments.common.config import at_least_one
-from fl_jax import algorithms, batches, data, models, norms, sampling, training
+from fl_jax import algorithms, batches, data, models, norms, training
 from fl_jax.data import FederatedDataset
 from fl_jax.data.image_shift import ImageShift, blur, cast, contrast, invert, pixel_noise, shift_images, unchanged
 from fl_jax.errors import FlJaxError
@@ -105,9 +105,8 @@ def arm_of(name: str, config: Config, model: Model) -> training.Arm:
     work = batches.epochs(1, config.batch_size)
     given = Given(config, model, optax.sgd(config.rate), work)
     if name == CENTRAL:
-        return training.Arm(
-            name, lambda hyper: ARMS[name](given), lambda sites: algorithms.matched_budget(sampling.everyone(), work, sites), data.pooled_train)
-    return training.Arm(name, lambda hyper: ARMS[name](given), lambda sites: sampling.everyone())
+        return arms.at_one_place(name, lambda hyper: ARMS[name](given), work)
+    return arms.everyone(name, lambda hyper: ARMS[name](given))
 
 
 SOURCE = "arXiv 2102.07623 (FedBN), section 5.2: ahead on every domain"

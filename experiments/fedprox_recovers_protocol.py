@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
-from experiments.common import cli, rate_grid
+from experiments.common import arms, cli, rate_grid
 from experiments.common.config import at_least_one
-from fl_jax import algorithms, batches, data, models, sampling, training
-from fl_jax.data import FederatedDataset, pooled_train, standardize_features
+from fl_jax import algorithms, batches, data, models, training
+from fl_jax.data import FederatedDataset, standardize_features
 from fl_jax.errors import FlJaxError
 from fl_jax.results import Claim, Direction
 from fl_jax.types import Batches, FederatedAlgorithm, Model, PyTree
@@ -167,8 +167,8 @@ def arm_of(config: Config, model: Model, arm: str, name: str, *, own: bool = Fal
         return ARMS[arm](Given(model, work, hyper[arm] if own else hyper))
 
     if arm == CENTRALIZED:
-        return training.Arm(name, build, lambda sites: algorithms.matched_budget(sampling.everyone(), work, sites), pooled_train)
-    return training.Arm(name, build, lambda sites: sampling.everyone())
+        return arms.at_one_place(name, build, work)
+    return arms.everyone(name, build)
 
 
 Law = Callable[[Mapping[str, "Measured"]], npt.NDArray[np.float64]]

@@ -8,16 +8,16 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
-from experiments.common import cli, mnist
+from experiments.common import arms, cli, mnist
 from experiments.common.config import at_least_one
-from fl_jax import algorithms, batches, data, models, sampling, training
+from fl_jax import algorithms, batches, data, models, training
 from fl_jax.core import Engine
 from fl_jax.data import FederatedDataset
 from fl_jax.data.partition import spread_log_odds
 from fl_jax.errors import FlJaxError
 from fl_jax.results import Claim, Direction
 from fl_jax.transforms import add_term
-from fl_jax.types import Batches, FederatedAlgorithm, Model, Sampling, Sites
+from fl_jax.types import Batches, FederatedAlgorithm, Model
 
 if TYPE_CHECKING:
     from experiments.niid_bench_report import Measured
@@ -197,13 +197,10 @@ def arm_of(name: str, config: Config, model: Model, cell: Cell) -> training.Arm:
     """One of ARMS in a cell, all clients in each round, weighted by their images; centralized training makes as many steps as they make
     together."""
     work = batches.epochs(config.epochs, config.batch_size)
-    given = Given(config, model, work, Engine(config.lanes))
-
-    def who(sites: Sites) -> Sampling:
-        return algorithms.matched_budget(sampling.everyone(), work, sites) if name == CENTRAL else sampling.everyone()
-
-    arm = training.Arm(f"{name}, {label(config, cell)}", lambda hyper: ARMS[name](given), who)
-    return arm._replace(view=data.pooled_train) if name == CENTRAL else arm
+    given, called = Given(config, model, work, Engine(config.lanes)), f"{name}, {label(config, cell)}"
+    if name == CENTRAL:
+        return arms.at_one_place(called, lambda hyper: ARMS[name](given), work)
+    return arms.everyone(called, lambda hyper: ARMS[name](given))
 
 
 FEDERATED = (FEDAVG, SCAFFOLD, FEDPROX, FEDNOVA)

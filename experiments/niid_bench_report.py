@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.rule import Rule
 
 from experiments.common.report import BestRounds, bullets, say_where
-from experiments.niid_bench_protocol import CENTRAL, FEDAVG, FEDERATED, LOCAL, PUBLISHED, Cell, Config, label
+from experiments.niid_bench_protocol import CENTRAL, FEDAVG, FEDERATED, LOCAL, PUBLISHED, PUBLISHED_ROUNDS, Cell, Config, label
 from fl_jax.data import FederatedDataset, label_distribution, no_records
 from fl_jax.results import (
     Column,
@@ -130,7 +130,7 @@ def reading(measured: Measured) -> Iterator[str]:
             if (published := measured.published(cell, arm)) is not None}
     if gaps:
         cell, arm = max(gaps, key=lambda at: abs(gaps[at]))
-        yield (f"From the accuracies published for {max(config.rounds, 50)} rounds, these differ by {np.mean([*gaps.values()]):+.2f} points in the mean, and "
+        yield (f"From the accuracies published for {PUBLISHED_ROUNDS} rounds, these differ by {np.mean([*gaps.values()]):+.2f} points in the mean, and "
                f"at most by {gaps[cell, arm]:+.2f} ({arm}, {label(config, cell)}).")
 
 

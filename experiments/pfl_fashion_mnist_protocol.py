@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
-from experiments.common import cli, mnist
+from experiments.common import arms, cli, mnist
 from experiments.common.config import at_least_one
-from fl_jax import algorithms, batches, data, models, sampling, training
+from fl_jax import algorithms, batches, data, models, training
 from fl_jax.core import Engine
 from fl_jax.data import FederatedDataset
 from fl_jax.errors import FlJaxError
 from fl_jax.results import Claim, Direction
-from fl_jax.types import Batches, FederatedAlgorithm, Model, Sampling, Sites
+from fl_jax.types import Batches, FederatedAlgorithm, Model
 
 if TYPE_CHECKING:
     from experiments.pfl_fashion_mnist_report import Measured
@@ -127,15 +127,9 @@ def arm_of(name: str, config: Config, model: Model) -> training.Arm:
     work = batches.epochs(1, config.batch_size)
     given = Given(config, model, optax.sgd(config.rate), work, Engine(config.lanes))
 
-    def everyone(sites: Sites) -> Sampling:
-        return sampling.everyone()
-
-    def pooled(sites: Sites) -> Sampling:
-        return algorithms.matched_budget(sampling.everyone(), work, sites)
-
     if name == CENTRAL:
-        return training.Arm(name, lambda hyper: ARMS[name](given), pooled, data.pooled_train)
-    return training.Arm(name, lambda hyper: ARMS[name](given), everyone)
+        return arms.at_one_place(name, lambda hyper: ARMS[name](given), work)
+    return arms.everyone(name, lambda hyper: ARMS[name](given))
 
 
 def federation(config: Config, images: mnist.Load, seed: int) -> FederatedDataset:

@@ -29,9 +29,10 @@ import optax
 
 from experiments import quickstart_report
 from experiments.common import cli
+from experiments.common.arms import at_one_place
 from experiments.common.config import at_least_one
 from fl_jax import aggregators, algorithms, batches, gradients, models, norms, privacy, sampling, sweep, training
-from fl_jax.data import FederatedDataset, pooled_train, read_table, simulated_hospitals, stack
+from fl_jax.data import FederatedDataset, read_table, simulated_hospitals, stack
 from fl_jax.errors import FlJaxError
 from fl_jax.types import FederatedAlgorithm, Model, PyTree, Sampling, Sites
 
@@ -126,9 +127,7 @@ def arms_of(config: Config, model: Model, num_sites: int) -> tuple[list[training
 
     arms = [
         training.Arm("local only", lambda _: algorithms.local_only(model, optimizer, work), everyone),
-        training.Arm(
-            "centralized", lambda _: algorithms.centralized(model, optimizer, algorithms.pooled_batches(work)),
-            lambda sites: algorithms.matched_budget(sampling.everyone(), work, sites), pooled_train),
+        at_one_place("centralized", lambda _: algorithms.centralized(model, optimizer, algorithms.pooled_batches(work)), work),
         training.Arm("FedAvg", lambda _: algorithms.fedavg(model, optimizer, work), everyone),
         training.Arm("FedProx", lambda _: algorithms.fedprox(model, optimizer, work, config.mu), everyone),
         training.Arm(

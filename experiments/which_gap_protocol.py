@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.common import chest_xrays, cli, mnist, rate_grid
+from experiments.common import arms, chest_xrays, cli, mnist, rate_grid
 from experiments.common.chest_xrays import Hospitals, Load
 from experiments.common.config import at_least_one
-from fl_jax import algorithms, batches, data, models, norms, sampling, sweep, training
-from fl_jax.data import FederatedDataset, pooled_train
+from fl_jax import algorithms, batches, data, models, norms, sweep, training
+from fl_jax.data import FederatedDataset
 from fl_jax.errors import FlJaxError
 from fl_jax.metrics import CLASSIFICATION
 from fl_jax.norms import NormPolicy
@@ -158,8 +158,8 @@ def arm_of(config: Config, model: Model, arm: str, *, name: str, own: bool = Fal
         return algorithms.fedavg(model, optimizer, work, norms=POLICIES[arm])
 
     if arm == CENTRALIZED:
-        return training.Arm(name, build, lambda sites: algorithms.matched_budget(sampling.everyone(), work, sites), pooled_train)
-    return training.Arm(name, build, lambda sites: sampling.everyone())
+        return arms.at_one_place(name, build, work)
+    return arms.everyone(name, build)
 
 
 def study_of(config: Config, model: Model, datasets: Sequence[FederatedDataset]) -> training.Study:

@@ -16,7 +16,7 @@ from fl_jax.results.claims import Claim, Verdict, judge
 
 STUDIES: tuple[str, ...] = (
     "fed_heart_disease", "fed_tcga_brca", "dp_fed_heart_disease", "fedprox_synthetic", "adaptive_clipping", "dp_chest_xray", "dp_sgd_mnist",
-    "fedavg_mnist", "server_optimizers")
+    "fedprox_recovers", "fedbn_feature_shift", "niid_bench", "pfl_fashion_mnist", "which_gap", "fedavg_mnist", "server_optimizers")
 """The studies, modules of experiments, in the order in which they run: the short ones first."""
 
 

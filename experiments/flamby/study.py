@@ -11,11 +11,12 @@ import optax
 import pandas as pd
 
 from experiments.common import cli
+from experiments.common.arms import at_one_place
 from experiments.flamby import report
 from experiments.flamby.data import Variant, initial_params, stacked, variants_of_epochs, variants_of_rounds
 from experiments.flamby.protocol import FIRST_SEED, NOT_PASSED_ON, Config, Protocol, centralized, local_only
 from fl_jax import algorithms, batches, sampling, sweep, training
-from fl_jax.data import FederatedDataset, pooled_train
+from fl_jax.data import FederatedDataset
 from fl_jax.types import FederatedAlgorithm, Model, PyTree, Sampling, Sites
 
 MOMENTS = {"b1": 0.9, "tau": 1e-8}
@@ -63,11 +64,9 @@ def federated_arms(protocol: Protocol, model: Model, config: Config) -> list[tra
             deploy=lambda key, state, id, sites: turns.deploy(key, state, jnp.zeros_like(id), sites))
 
     def centralized_arm(rate: float) -> training.Arm:
-        return training.Arm(
-            centralized(rate),
-            lambda initial: starting_from(
-                initial, algorithms.centralized(model, optax.sgd(rate), algorithms.pooled_batches(work))),
-            lambda sites: algorithms.matched_budget(sampling.everyone(), work, sites), pooled_train)
+        return at_one_place(
+            centralized(rate), lambda initial: starting_from(
+                initial, algorithms.centralized(model, optax.sgd(rate), algorithms.pooled_batches(work))), work)
 
     arms = [
         arm("FedAvg", lambda: algorithms.fedavg(model, optax.sgd(rates.fedavg), work)),
