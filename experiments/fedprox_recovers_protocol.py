@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,6 @@ from fl_jax.data import FederatedDataset, standardize_features
 from fl_jax.errors import FlJaxError
 from fl_jax.results import Claim, Direction
 from fl_jax.types import Batches, FederatedAlgorithm, Model, PyTree
-
-if TYPE_CHECKING:
-    from experiments.fedprox_recovers_report import Measured
 
 LOCAL, CENTRALIZED, FEDAVG, FEDPROX, SCAFFOLD = "local only", "centralized", "FedAvg", "FedProx", "SCAFFOLD"
 DITTO, FEDPER, MR_MTL, TUNED = "Ditto", "FedPer", "MR-MTL", "FedAvg, fine-tuned"
@@ -171,7 +168,19 @@ def arm_of(config: Config, model: Model, arm: str, name: str, *, own: bool = Fal
     return arms.everyone(name, build)
 
 
-Law = Callable[[Mapping[str, "Measured"]], npt.NDArray[np.float64]]
+class Scores(Protocol):
+    """What a claim is measured on, float64[S] by seed. best: the personalised arm that is best on validation records."""
+
+    best: str
+
+    def minus(self, arm: str, other: str) -> npt.NDArray[np.float64]:
+        """arm - other in the same seed, mean of the sites."""
+
+    def least_gain(self) -> npt.NDArray[np.float64]:
+        """What the best personalised arm gains over local training where it gains least."""
+
+
+Law = Callable[[Mapping[str, Scores]], npt.NDArray[np.float64]]
 """What was measured with each model -> one value a seed."""
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,6 @@ from fl_jax.errors import FlJaxError
 from fl_jax.results import Claim, Direction
 from fl_jax.transforms import add_term
 from fl_jax.types import Batches, FederatedAlgorithm, Model
-
-if TYPE_CHECKING:
-    from experiments.niid_bench_report import Measured
 
 FEDAVG, SCAFFOLD, FEDPROX, FEDNOVA, LOCAL, CENTRAL = "FedAvg", "SCAFFOLD", "FedProx", "FedNova", "local only", "centralized"
 IMAGES: Mapping[str, mnist.Load] = mnist.IMAGES | {"pneumoniamnist": data.pneumonia_mnist}
@@ -104,16 +101,12 @@ class Config(cli.Common):
         return tuple(PUBLISHED) if self.table else (Cell(self.images, self.partition),)
 
     @property
-    def has_published_settings(self) -> bool:
-        """Whether everything but rounds, share, seeds and the choice of cells is as published."""
+    def is_published(self) -> bool:
+        """Whether its accuracies are those of the published table: all is as published but seeds, arms and the choice of cells."""
         free = {"quick", "out", "resume", "devices", "tensorboard", "table", "images", "partition", "rounds", "share", "seeds", "arms", "lanes"}
         fields = [field for field in dataclasses.fields(self) if field.name not in free]
-        return not self.quick and all(getattr(self, field.name) == field.default for field in fields)
-
-    @property
-    def is_published(self) -> bool:
-        """Whether its accuracies are those of the published table."""
-        return self.has_published_settings and self.rounds == PUBLISHED_ROUNDS and self.share == 1
+        return (not self.quick and self.rounds == PUBLISHED_ROUNDS and self.share == 1
+                and all(getattr(self, field.name) == field.default for field in fields))
 
 
 class Deal(NamedTuple):
@@ -212,7 +205,19 @@ PUBLISHED: Mapping[Cell, Mapping[str, float]] = {
 SOURCE = "arXiv 2102.02079, Table III, as reproduced by Flower's niid_bench"
 TOLERANCE = {"iid": 0.01, "dirichlet": 0.01, "classes": 0.03}
 NOT_PUBLISHED = f"{PUBLISHED_ROUNDS} rounds of all rows are a GPU's work: give {' '.join(ON_GPU)}"
-Law = Callable[["Measured"], npt.NDArray[np.float64]]
+
+
+class Accuracies(Protocol):
+    """What a claim is measured on, float64[S] by seed."""
+
+    def values(self, cell: Cell, arm: str) -> npt.NDArray[np.float64]:
+        """The test accuracy of an arm."""
+
+    def difference(self, cell: Cell, arm: str, other: str) -> npt.NDArray[np.float64]:
+        """arm - other in the same seed."""
+
+
+Law = Callable[[Accuracies], npt.NDArray[np.float64]]
 
 
 class Bar(NamedTuple):

@@ -7,7 +7,7 @@ parameters. Of 2,000 rounds the best on the test images counts. FedAvg, Ditto, F
 fine-tuned FedAvg, the baseline that it lacks, training alone, and centralized training of as many steps.
 
     python -m experiments.pfl_fashion_mnist            # a tenth of the images, 8 rounds, 3 seeds
-    python -m experiments.pfl_fashion_mnist --quick    # a twentieth of the images, 4 rounds, four arms
+    python -m experiments.pfl_fashion_mnist --quick    # a twentieth of the images, 4 rounds, three arms
     python -m experiments.pfl_fashion_mnist --rounds 2000 --share 1 --seeds 3 --evaluate-every 20 --lanes 10    # as published, for a GPU
 
 The short forms have bars of their own, from other deals; the published accuracies are claims of the last form. Early a personalised
