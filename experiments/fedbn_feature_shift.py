@@ -16,9 +16,9 @@ The network is NormedCNN, small enough for two cores, where the paper's has thre
 2 CPU cores: 30 minutes of processor time in full, a quarter of it compilation. Expected accuracy, mean of the five domains / inverted / unseen site:
 SingleSet .866 / .899 / .842, FedAvg .651 / .270 / .903, FedProx .652 / .271 / .903, FedAvg recalibrated .913 / .898 / .940,
 SiloBN .910 / .896 / .939, FedBN .913 / .898 / .938, centralized .900 / .889 / .934. FedBN is ahead of FedAvg on every domain, by .02 (colour
-cast) to .63 (inverted), and of SingleSet on four of five; on inverted images it is not yet after 100 rounds (-.001 [-.013, .012]), and is after 200
-(--rounds 200: +.007 [-.006, .020]). What it
-wins is the statistics: with those alone of the site (SiloBN), or measured anew before use, FedAvg has as much, .002 and -.001 less.
+cast) to .63 (inverted), and of SingleSet on four of five; on inverted images it is not yet after 100 rounds (-.001 [-.013, .012]),
+and is after 200 (--rounds 200: +.007 [-.006, .020]). What it wins is the statistics: with those alone of the site (SiloBN), or measured anew
+before use, FedAvg has as much (-.002, .001). FedProx, here as there, does not help.
 Data: `python -m fl_jax.data prepare mnist`.
 """
 
