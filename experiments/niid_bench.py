@@ -13,6 +13,11 @@ centralized training of as many steps.
 
 The short forms have bars of their own, from images held back from the training images of other deals; the published accuracies are claims
 of the last form.
+
+2 CPU cores: 35 minutes of processor time in full. Expected, Fashion-MNIST with Dir(.5), of a test accuracy of .88 that is published for all
+after 50 rounds of all images: FedAvg .803 ± .065, SCAFFOLD .822, FedProx .799, FedNova .810, training alone .570, centralized .871.
+SCAFFOLD is ahead of the other three in each of three seeds (+.019 [-.015, .053] against FedAvg), FedProx in none ahead of FedAvg; published
+differences are .001 to .004 after 50 rounds. The published form was not run: it needs a GPU.
 Data: `python -m fl_jax.data prepare fashion_mnist mnist`.
 """
 
