@@ -179,10 +179,11 @@ def over_rounds(measured: Measured) -> Figure:
     drawing = Figure(figsize=(8.4 if others else 4.6, 3.4), layout="constrained")
     panels = drawing.subplots(1, 2 if others else 1, squeeze=False)[0]
     colors = dict(zip(measured.arms, (PALETTE[i % len(PALETTE)] for i in range(len(measured.arms))), strict=True))
-    for i, arm in enumerate(measured.arms):
-        course, dashes = measured.course(arm), "-" if i < len(PALETTE) else (0, (3, 1.5))
+    dashes = {arm: "-" if i < len(PALETTE) else (0, (3, 1.5)) for i, arm in enumerate(measured.arms)}
+    for arm in measured.arms:
+        course = measured.course(arm)
         panels[0].plot(course.index, course, color=colors[arm], linewidth=0.5, alpha=0.4)
-        panels[0].plot(course.index, course.mean(axis=1), color=colors[arm], linestyle=dashes, label=arm, **_LINE)
+        panels[0].plot(course.index, course.mean(axis=1), color=colors[arm], linestyle=dashes[arm], label=arm, **_LINE)
     panels[0].axhline(measured.prior_together.mean(), color=GREY, linewidth=0.9, linestyle=(0, (4, 2)), label=PRIOR)
     dress(panels[0], "round", "test accuracy", "mean of seeds, and each seed")
     panels[0].set_ylim(0, 1.02)
@@ -191,7 +192,7 @@ def over_rounds(measured: Measured) -> Figure:
         more = measured.course(arm) - alone
         mean, low, high = np.array([mean_interval(values)[:3] for values in more.to_numpy()]).T
         panels[1].fill_between(more.index, low, high, color=colors[arm], alpha=0.13, linewidth=0)
-        panels[1].plot(more.index, mean, color=colors[arm], **_LINE)
+        panels[1].plot(more.index, mean, color=colors[arm], linestyle=dashes[arm], **_LINE)
     if others:
         panels[1].axhline(0, color=GREY, linewidth=0.9)
         dress(panels[1], "round", "minus training alone", "paired by seed, with the 95 % interval")
