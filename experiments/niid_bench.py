@@ -7,7 +7,7 @@ SCAFFOLD's correction is added behind the momentum, and FedNova normalises with 
 centralized training of as many steps.
 
     python -m experiments.niid_bench            # Fashion-MNIST, Dir(.5), a quarter of the images, 5 rounds, 3 seeds
-    python -m experiments.niid_bench --quick    # MNIST, a twentieth of the images, 4 rounds, four arms
+    python -m experiments.niid_bench --quick    # MNIST, a fortieth of the images, 4 rounds, three arms
     python -m experiments.niid_bench --images pneumoniamnist --partition case_mix    # any images, any partition
     python -m experiments.niid_bench --table --rounds 50 --share 1 --seeds 3 --lanes 10    # the four published rows, for a GPU
 

@@ -173,7 +173,7 @@ def test_claims_are_the_published_ones_in_the_published_form_and_else_not_run():
     assert claim.published == 0.9907 and claim.admits(0.981) and not claim.admits(0.980)
     wide = long["FedProx, MNIST, 2 classes, 50 rounds"]
     assert wide.published == 0.9685 and wide.admits(0.939) and not wide.admits(0.938)
-    assert all(claim.quick for claim in claims(quick)) and len(claims(quick)) == 5
+    assert all(claim.quick for claim in claims(quick)) and len(claims(quick)) == 4
     assert len([*stated(full)]) == 6 and not [*stated(dataclasses.replace(full, alpha=0.1))]  # bars are of one setting
     assert {FEDPROX, FEDNOVA} <= {*full.arms}
 
@@ -189,4 +189,4 @@ def test_mistakes_are_one_sentence(changes, sentence):
 @pytest.mark.slow
 def test_the_quick_form_holds(quick_form):
     verdicts = read_claims(quick_form("niid_bench", "mnist") / "claims.json")
-    assert len(verdicts) == 5 and all(verdict.holds for verdict in verdicts), claims_table(verdicts).text(120)
+    assert len(verdicts) == 4 and all(verdict.holds for verdict in verdicts), claims_table(verdicts).text(120)
