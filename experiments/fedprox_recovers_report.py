@@ -27,7 +27,7 @@ from fl_jax.results import (
     with_bounds,
     with_margin,
 )
-from fl_jax.statistics import Interval, mean_interval
+from fl_jax.statistics import Interval
 
 METRIC = "auroc"
 _difference = with_bounds(signed())
@@ -48,7 +48,7 @@ class Measured(Results):
 
     def gain(self, arm: str, other: str, site: str = "mean") -> Interval:
         """The mean of that, with its interval."""
-        return mean_interval(self.minus(arm, other, site))
+        return self.difference(arm, other, "test", site, METRIC)
 
     def least_gain(self) -> npt.NDArray[np.float64]:
         """float64[S]: what the best personalised arm gains over local training where its mean gain over seeds is the least."""

@@ -114,14 +114,14 @@ def published_data(raw_files, tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def quick_form(published_data, tmp_path) -> Callable[[str, str], Path]:
-    """(study, its data set, or "" where it simulates its own) -> the run folder of `python -m experiments.STUDY --quick`, a process of its own: XLA's optimizations, which
-    are off here, pay for programs that run for a minute, and it is what a user runs."""
+    """(study, its data set, or "" where it simulates its own) -> the run folder of `python -m experiments.STUDY --quick`, a process of its
+    own: XLA's optimizations, which are off here, pay for programs that run for a minute, and it is what a user runs."""
 
     def run(study: str, dataset: str) -> Path:
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        environment |= {"FL_JAX_CACHE": "off"}
+        environment["FL_JAX_CACHE"] = "off"
         if dataset:
-            environment |= {"TFDS_DATA_DIR": str(published_data(dataset))}
+            environment["TFDS_DATA_DIR"] = str(published_data(dataset))
         done = subprocess.run(
             [sys.executable, "-m", f"experiments.{study}", "--quick", "--out", str(tmp_path / "run")], env=environment,
             cwd=Path(__file__).parents[1], text=True, capture_output=True, check=False)

@@ -54,11 +54,10 @@ def to_choose(hospitals: Hospitals, seed: int, images: Load) -> FederatedDataset
 def _federation(hospitals: Hospitals, seed: int, images: Load, split: str, held_out: float = 0.0) -> FederatedDataset:
     rng = np.random.default_rng(seed)
     train, other = images("train"), images(split)
-    order = np.random.default_rng([seed, 1]).permutation(len(train.y))  # by a generator of its own: who is where stays as it is
-    count = round(held_out * len(order))
-    apart = train._replace(x=train.x[order[:count]], y=train.y[order[:count]])
+    apart, count = None, round(held_out * len(train.y))
     if count:
-        train = train._replace(x=train.x[order[count:]], y=train.y[order[count:]])
+        order = np.random.default_rng([seed, 1]).permutation(len(train.y))  # by a generator of its own: who is where stays as it is
+        apart, train = (train._replace(x=train.x[rows], y=train.y[rows]) for rows in np.split(order, [count]))
     log_odds = spread_log_odds(hospitals.case_mix, len(SITES))
 
     def dealt(source: Source) -> Records:
@@ -69,8 +68,9 @@ def _federation(hospitals: Hospitals, seed: int, images: Load, split: str, held_
     own, rest = dealt(train), dealt(other)
     empty = no_records(own, len(SITES))
     measured = split == "test"
+    held = empty if apart is None else dealt(apart)
     dataset = FederatedDataset(
-        name=train.name, train=own, validation=(dealt(apart) if count else empty) if measured else rest, test=rest if measured else empty,
+        name=train.name, train=own, validation=held if measured else rest, test=rest if measured else empty,
         unseen=Records(other.x, other.y, np.array([0, len(other.y)])) if measured else no_records(own),
         site_names=SITES, unseen_names=(UNSEEN,) if measured else (), num_classes=2, class_names=train.class_names,
         notes=(

@@ -5,13 +5,13 @@ order in which they are chained: `chain(blur(1.0), pixel_noise(20.0))`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 from scipy import ndimage
 
 from fl_jax.data.federated import FederatedDataset
 from fl_jax.data.records import Records
+from fl_jax.data.shift import remeasured
 from fl_jax.errors import FlJaxError
 
 ImageShift = Callable[[np.random.Generator, np.ndarray], np.ndarray]
@@ -86,10 +86,7 @@ def shift_images(rng: np.random.Generator, dataset: FederatedDataset, shifts: Se
             shifted[start:stop] = np.clip(np.rint(measured), 0, 255).astype(np.uint8)
         return records._replace(x=shifted)
 
-    return replace(
-        dataset, train=measure(dataset.train, 0), validation=measure(dataset.validation, 0), test=measure(dataset.test, 0),
-        unseen=measure(dataset.unseen, dataset.num_sites),
-        notes=(*dataset.notes, "Simulated: every site shifts its images in its own way."))
+    return remeasured(dataset, measure, "Simulated: every site shifts its images in its own way.")
 
 
 def _not_negative(name: str, value: float) -> None:

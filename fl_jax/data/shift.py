@@ -6,7 +6,7 @@ skew of Li et al. 2022 (NIID-Bench, arXiv 2102.02079) the noise grows with the s
 `Calibration(gain=1, offset=0, noise=sigma i / (N - 1))`, whereas the paper writes a variance of sigma i / N.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -112,11 +112,16 @@ def shift_features(rng: np.random.Generator, dataset: FederatedDataset, calibrat
         measured = [calibrate(rng, x, records.sites + first, c) for x, c in zip(features, leaves, strict=True)]
         return records._replace(x=jax.tree.unflatten(structure, measured))
 
+    return remeasured(dataset, measure, "Simulated: every site's features are measured with its own gain, offset and noise.")
+
+
+def remeasured(dataset: FederatedDataset, measure: Callable[[Records, int], Records], note: str) -> FederatedDataset:
+    """The data set with each split's records as `measure` makes them; it is told the number of their first site, unseen ones coming last."""
     return replace(
         dataset,
         train=measure(dataset.train, 0),
         validation=measure(dataset.validation, 0),
         test=measure(dataset.test, 0),
         unseen=measure(dataset.unseen, dataset.num_sites),
-        notes=(*dataset.notes, "Simulated: every site's features are measured with its own gain, offset and noise."),
+        notes=(*dataset.notes, note),
     )
