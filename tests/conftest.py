@@ -1,9 +1,11 @@
 """The machine that the tests run on, and the small federation that they share."""
 
+import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,13 +25,13 @@ import pytest
 from flax import linen as nn
 from hypothesis import settings
 
-from fl_jax import models
+from fl_jax import models, sweep
 from fl_jax.runtime import usable_cores
 from fl_jax.types import Model, Sites
 
 SIZES = np.array([7, 1, 12, 4, 10, 6])  # a batch of 4 is larger, equal, or no divisor; no batch of one among 0, 2, 4 and 5
 FEATURES, CLASSES = 4, 3
-
+COMPILED = pytest.StashKey[str]()
 
 settings.register_profile("repeatable", derandomize=True, database=None)  # what fails, fails for everybody
 settings.load_profile("repeatable")
@@ -39,6 +41,31 @@ settings.load_profile("repeatable")
 def pytest_xdist_auto_num_workers() -> int:
     """`-n auto`: a worker a core that this process may use; many more would each compile what others compile."""
     return min(usable_cores(), 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What a test has compiled is kept for the others, and for other workers, until the end of the run."""
+    if hasattr(config, "workerinput"):
+        folder = config.workerinput["compiled"]
+    else:
+        compiled = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
+        config.add_cleanup(compiled.cleanup)
+        config.stash[COMPILED] = folder = compiled.name
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    node.workerinput["compiled"] = node.config.stash[COMPILED]
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes many objects that live long: looking at all of them for garbage so often is a tenth of a run."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 100)
 
 
 class NormedNet(nn.Module):
@@ -66,6 +93,14 @@ def sites_of(sizes: np.ndarray, seed: int = 0) -> Sites:
     y = np.argmax(x @ rng.normal(size=(FEATURES, CLASSES)) + rng.normal(size=(len(x), CLASSES)), axis=1).astype(np.int32)
     offset = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     return Sites(jnp.asarray(x), jnp.asarray(y), jnp.asarray(offset, jnp.int32), jnp.asarray(sizes, jnp.int32))
+
+
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """Studies compute on one device: for the eight that there are here, their programs would compile for longer than they compute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "run_mesh", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,10 @@ from fl_jax.errors import FlJaxError
 from fl_jax.privacy import Accountant
 from fl_jax.results import Direction, load_run, read_claims, select
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CLASSES = 3
+SIMPLE = models.LogisticRegression(10)
 SMALL = Config(
     users=24, rate=0.25, capacity=4.0, batch_size=5, hidden=8, rounds=5, evaluate_every=5, epsilon=8.0, delta=1e-2,
     clips=(0.05, 0.2, 5.0), count_noise=0.5, client_rates=(0.02, 0.1), plain_rates=(0.1, 1.0), server_rates=(0.1, 1.0),
@@ -37,9 +40,10 @@ def images(split):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device():
+def quickly_compiled():
+    """One device instead of eight, and a model of one layer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adaptive_clipping.sweep, "run_mesh", lambda: None)  # eight devices would compile for too long
+        patch.setattr(adaptive_clipping.models, "TwoNN", lambda hidden: SIMPLE)
         yield
 
 
@@ -74,7 +78,7 @@ def finished(run_study, tmp_path_factory):
 def given():
     """The rows of rates that are given: two small clips whose product with their rates is the same, and a large one."""
     config = dataclasses.replace(SMALL, clips=(1e-4, 1e-3, 2.0), client_rates=(0.1,), chosen=(100.0, 10.0, 0.3, 0.5, 0.7))
-    model = mnist.classifier(models.TwoNN(hidden=config.hidden))
+    model = mnist.classifier(SIMPLE)
     rates, tried = adaptive_clipping.tune(config, model, images)
     assert tried == {} and rates == Rates(0.1, dict(zip([*bounds(config), PLAIN], config.chosen, strict=True)))
     return config, model, *measure(config, model, rates, images)

@@ -178,12 +178,12 @@ def test_a_site_that_is_not_finite_is_left_out_and_counted(built, sites, name):
 
 
 def test_rounds_scan_and_seeds_map(built, sites, name):
-    algorithm, state, round = built(name)
+    _, state, round = built(name)
 
     def run(key):
         def body(state, key):
             first, second = jax.random.split(key)
-            return algorithm.round(first, state, SAMPLER.draw(second, state.round, sites), sites)
+            return round(first, state, drawn(second, state.round, sites), sites)  # as it was traced before
 
         return jax.lax.scan(body, state, jax.random.split(key, 2))
 

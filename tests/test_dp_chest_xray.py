@@ -39,6 +39,8 @@ from fl_jax.errors import FlJaxError
 from fl_jax.privacy import record_costs
 from fl_jax.results import load_run, read_claims
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 NUMBERS = {"train": 480, "validation": 100, "test": 120}
 AS_PUBLISHED = {"gain": 0.0, "offset": 0.0, "noise": 0.0}
 SMALL = Config(
@@ -164,7 +166,6 @@ def finished(tiny, tmp_path_factory):
     config = dataclasses.replace(SMALL, out=tmp_path_factory.mktemp("study") / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dp_chest_xray, "classifier", lambda: tiny)
-        patch.setattr(dp_chest_xray_protocol.sweep, "run_mesh", lambda: None)
         dp_chest_xray.run(config, images)
     return config, load_run(config.out)
 

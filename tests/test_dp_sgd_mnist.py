@@ -36,6 +36,8 @@ from fl_jax.errors import FlJaxError
 from fl_jax.privacy import PrivacyLedger, Unit, open_ledger, record_costs
 from fl_jax.results import Direction, load_run, read_claims
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SIDE, CLASSES, TRAIN, TEST = 8, 4, 1280, 200
 PATTERNS = np.random.default_rng(5).integers(0, 60, (CLASSES, SIDE, SIDE, 1), dtype=np.uint8)
 PRIVATE = [problem for problem in PROBLEMS if problem.published.old is not None]
@@ -217,7 +219,6 @@ def study(tmp_path_factory):
         small = tuple(problem._replace(of=problem.setting(config)) for problem in PROBLEMS)
         patch.setattr(dp_sgd_mnist_protocol, "PROBLEMS", small)
         patch.setattr(dp_sgd_mnist, "classifier", small_model)
-        patch.setattr(dp_sgd_mnist.sweep, "run_mesh", lambda: None)  # eight devices would compile for longer than they compute
         dp_sgd_mnist.run(config, images)
         yield config, load_run(config.out)
 

@@ -26,6 +26,8 @@ from fl_jax.errors import FlJaxError
 from fl_jax.results import Direction, load_run, read_claims
 from fl_jax.results.crossing import rounds_to_target, running_best
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SIDE, CLASSES, TRAIN, TEST = 8, 4, 1200, 200
 PATTERNS = np.random.default_rng(5).integers(0, 128, (CLASSES, SIDE, SIDE, 1), dtype=np.uint8)
 
@@ -161,7 +163,6 @@ def _small(patch):
     small = tuple(problem._replace(
         network=lambda: models.LogisticRegression(CLASSES), target=problem.setting(SMALL_TARGETS).target) for problem in PROBLEMS)
     patch.setattr(fedavg_mnist_protocol, "PROBLEMS", small)
-    patch.setattr(fedavg_mnist.sweep, "run_mesh", lambda: None)  # eight devices would compile for longer than they compute
 
 
 SMALL_TARGETS = Config(two_nn_iid=SMALL, two_nn_shards=dataclasses.replace(SMALL, target=0.999))

@@ -24,10 +24,12 @@ from experiments.fedbn_feature_shift_protocol import (
     federation,
     network,
 )
-from fl_jax import models, norms, sweep
+from fl_jax import models, norms
 from fl_jax.data import Source
 from fl_jax.errors import FlJaxError
 from fl_jax.results import claims_table, load_run, read_claims
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 SMALL = Config(records=40, rounds=6, evaluate_every=3, batch_size=10, rate=0.1, width=2, seeds=2, arms=(SINGLE, FEDAVG, RECALIBRATED, FEDBN))
 
@@ -58,7 +60,6 @@ def finished(tmp_path_factory):
     config = dataclasses.replace(SMALL, out=tmp_path_factory.mktemp("shift") / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fedbn_feature_shift, "network", lambda config: mnist.classifier(Dense(), pixels=mnist.centred_pixels))
-        patch.setattr(sweep, "run_mesh", lambda: None)
         fedbn_feature_shift.run(config, images)
     return config, load_run(config.out)
 

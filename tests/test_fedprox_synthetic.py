@@ -12,6 +12,8 @@ from fl_jax import data
 from fl_jax.errors import FlJaxError
 from fl_jax.results import load_run, read_claims
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 DEVICES, LARGEST, RATE = 4, 60, 0.01
 ONE = fedprox_report.synthetic(1.0)
 

@@ -19,6 +19,8 @@ from fl_jax.errors import FlJaxError
 from fl_jax.results import load_run, read_claims
 from fl_jax.types import Survival
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 FEATURES, SITES = 5, ("a", "b", "c")
 SIZES = {"a": (12, 6), "b": (9, 8), "c": (7, 5)}  # training and test records
 RATE = 0.05

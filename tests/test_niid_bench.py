@@ -32,11 +32,13 @@ from experiments.niid_bench_protocol import (
     unmeasured,
 )
 from experiments.niid_bench_report import Measured
-from fl_jax import algorithms, batches, sweep
+from fl_jax import algorithms, batches
 from fl_jax.core import Engine
 from fl_jax.data import Source
 from fl_jax.errors import FlJaxError
 from fl_jax.results import MetricRow, claims_table, frame, load_run, read_claims
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 SMALL = Config(share=0.5, rounds=2, clients=4, epochs=2, batch_size=8, rate=0.05, seeds=2, arms=(FEDAVG, SCAFFOLD, LOCAL, CENTRAL))
 CELL = Cell("fashion_mnist", "dirichlet")
@@ -75,7 +77,6 @@ def finished(tmp_path_factory):
         patch.setattr(niid_bench, "network", lambda classes: mnist.classifier(Small()))
         patch.setattr(niid_bench, "IMAGES", dict.fromkeys(IMAGES, images))
         patch.setattr("experiments.niid_bench_protocol.PUBLISHED", dict(list(PUBLISHED.items())[2:]))
-        patch.setattr(sweep, "run_mesh", lambda: None)
         niid_bench.run(config)
         return config, load_run(config.out), [claim.claim for claim in claims(config)]
 

@@ -33,10 +33,12 @@ from experiments.pfl_fashion_mnist_protocol import (
     unmeasured,
 )
 from experiments.pfl_fashion_mnist_report import PRIOR, Measured, overview, reading
-from fl_jax import algorithms, sampling, sweep, training
+from fl_jax import algorithms, sampling, training
 from fl_jax.data import FederatedDataset, Records, Source
 from fl_jax.errors import FlJaxError
 from fl_jax.results import MetricRow, claims_table, frame, load_run, read_claims
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 SMALL = Config(share=1.0, rounds=4, evaluate_every=2, seeds=2, clients=4, alpha=1.0, batch_size=5, rate=0.005)
 PUBLISHED_FORM = cli.parse(Config, ON_GPU)
@@ -79,7 +81,6 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pfl_fashion_mnist, "network", lambda: mnist.classifier(Small(), pixels=mnist.centred_pixels))
         patch.setattr(training, "compile_arms", once)
-        patch.setattr(sweep, "run_mesh", lambda: None)
         arms = (FEDAVG, TUNED, LOCAL, DITTO)
         config = dataclasses.replace(SMALL, arms=arms, ditto_strength=0.0, out=tmp_path_factory.mktemp("study") / "run")
         pfl_fashion_mnist.run(config, images)

@@ -19,6 +19,8 @@ from experiments.common import cli
 from fl_jax import runtime
 from fl_jax.results import RunFolder, load_run
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ARMS = ["local only", "centralized", "FedAvg", "FedProx", "FedAdam", "FedBN", "DP, weak", "DP, strong", "DP-SGD"]
 BUDGET = "DP-SGD: the privacy budget allows all {} rounds, and would allow 0 more.\n"
 FIGURES = {"auroc_over_rounds", "accuracy_over_rounds", "auroc_per_site", "accuracy_per_site", "labels_per_site"}

@@ -18,11 +18,15 @@ from fl_jax.data import Records, Source, class_counts
 from fl_jax.errors import FlJaxError
 from fl_jax.results import load_run, read_claims, select
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CLASSES = 3
+SIMPLE = models.LogisticRegression(10)
 SMALL = Config(
-    clients=12, cohort=4, batch_size=5, hidden=16, rounds=5, evaluate_every=1, last=0.4, seeds=2, tuning_seeds=2, validation=0.25,
+    clients=12, cohort=4, batch_size=5, hidden=16, rounds=3, evaluate_every=1, last=0.6, seeds=2, tuning_seeds=2, validation=0.25,
     client_rates=(0.01, 0.05), fedavg_rates=(0.5, 1.0), fedadam_rates=(0.01, 0.03), target=0.5, methods=(FEDAVG, "FedAdam"))
 DIRICHLET = skewed(SMALL)
+LAST = (2, 3)  # the rounds that count
 
 
 def images(split, poison=False):
@@ -38,7 +42,7 @@ def images(split, poison=False):
 
 @pytest.fixture(scope="module", autouse=True)
 def thirds():
-    """The small images, and programs that are compiled once: rates and images are their arguments."""
+    """The small images, a model that compiles in no time, and programs that are compiled once: rates and images are their arguments."""
     known, compile_arms = {}, training.compile_arms
 
     def remembered(study, arms, runs, bar):
@@ -51,6 +55,7 @@ def thirds():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(mnist.IMAGES, "fashion_mnist", images)
         patch.setattr(training, "compile_arms", remembered)
+        patch.setattr(server_optimizers.models, "TwoNN", lambda hidden: SIMPLE)
         yield
 
 
@@ -70,7 +75,7 @@ def finished(tmp_path_factory):
 def plain():
     """FedAvg with server rate 1, the arm of plain averaging, and the rows of averaging without a server optimizer."""
     config = dataclasses.replace(SMALL, methods=(FEDAVG,))
-    model = mnist.classifier(models.TwoNN(hidden=SMALL.hidden))
+    model = mnist.classifier(SIMPLE)
     chosen = {arm: {DIRICHLET: {CLIENT: 0.05, SERVER: 1.0}, IID: {CLIENT: 0.02, SERVER: 1.0}} for arm in (FEDAVG, PLAIN)}
     draws, metrics = measure(config, model, chosen)
     work = batches.epochs(1, SMALL.batch_size)
@@ -96,7 +101,7 @@ def test_the_claims_are_the_numbers_of_the_rows(finished):
     assert [*verdicts] == [claim.claim for claim in claims(config)] and len(verdicts) == 4
 
     def measured(arm, other, partition):
-        return np.array([accuracy(run, f"{arm}, {partition}", seed, (4, 5)) - accuracy(run, f"{other}, {partition}", seed, (4, 5))
+        return np.array([accuracy(run, f"{arm}, {partition}", seed, LAST) - accuracy(run, f"{other}, {partition}", seed, LAST)
                          for seed in range(2)])
 
     expected = {f"FedAdam minus FedAvg, {where}": measured("FedAdam", FEDAVG, where) for where in (DIRICHLET, IID)}
@@ -118,7 +123,7 @@ def test_the_chosen_rates_are_the_best_on_validation_images_and_are_what_is_run(
             found = []
             for point in rate_grid.points(SMALL.axes(method)):
                 name = f"grid of {method}, {partition}{rate_grid.suffix(point)}"
-                found.append((np.mean([accuracy(run, name, seed, (4, 5), "validation") for seed in (1000, 1001)]), point))
+                found.append((np.mean([accuracy(run, name, seed, LAST, "validation") for seed in (1000, 1001)]), point))
             best = max(found, key=lambda pair: pair[0])
             assert arms[method]["rates"] == best[1] and arms[method]["validation"] == pytest.approx(best[0])
             assert len(arms[method]["grid"]) == 4
@@ -156,7 +161,7 @@ def test_fedavg_with_server_rate_1_is_plain_averaging(plain):
         np.testing.assert_array_equal(measured.difference(partition, FEDAVG, PLAIN), 0)
         assert measured.gain(partition, FEDAVG, PLAIN).mean == 0
         rows = select(averaging, "accuracy", "test", "all", [f"averaging, {partition}"])
-        restated = rows[rows["round"] > 3].groupby("seed")["value"].mean()
+        restated = rows[rows["round"] > SMALL.counted_after].groupby("seed")["value"].mean()
         np.testing.assert_allclose(measured.values(partition, FEDAVG), restated, atol=0.02)  # of 90 images
     assert not np.array_equal(measured.values(DIRICHLET, FEDAVG), measured.values(IID, FEDAVG))
 
@@ -179,7 +184,7 @@ def test_rounds_are_counted_to_the_target(finished):
     for partition in (DIRICHLET, IID):
         for arm, found in run.summary["partitions"][partition].items():
             for seed, reached in enumerate(found["rounds_to_target"]):
-                values = [accuracy(run, f"{arm}, {partition}", seed, (r,)) for r in range(1, 6)]
+                values = [accuracy(run, f"{arm}, {partition}", seed, (r,)) for r in range(1, SMALL.rounds + 1)]
                 first = next((r for r, value in enumerate(values, start=1) if value >= config.target), None)
                 if first is None:
                     assert reached is None or np.isnan(reached)

@@ -36,6 +36,8 @@ from fl_jax.data import Source
 from fl_jax.errors import FlJaxError
 from fl_jax.results import MetricRow, claims_table, frame, load_run, read_claims
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CELLS = [Cell(budget, alike) for budget in (SHORT, LONG) for alike in (False, True)]
 SMALL = Config(short=1, long=2, batch_size=16, width=2, seeds=2, tuning_seeds=1, rates=(0.02, 0.1), images=120)
 
