@@ -4,6 +4,7 @@ import ast
 import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -97,8 +98,9 @@ def _imports(tree: ast.Module) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name.startswith("experiments."))
 
 
+@cache
 def _meaning(source: str) -> str:
-    """A module's code without comments, layout and docstrings."""
+    """A module's code without comments, layout and docstrings; kept, since all studies share fl_jax."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
