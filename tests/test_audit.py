@@ -82,29 +82,33 @@ FEATURES, RECORDS = 3, 12
 
 def linear_sites():
     """Two sites of 6 records, whose last feature is 0, and the canary, which has nothing else, at site 0."""
-    x = jax.random.normal(jax.random.key(5), (RECORDS, FEATURES)).at[:, -1].set(0)
-    sites = Sites(x, x @ jnp.ones(FEATURES), jnp.array([0, 6], jnp.int32), jnp.array([6, 6], jnp.int32))
-    return audit.with_records(sites, 0, 100 * jnp.eye(FEATURES)[-1:], jnp.array([1.0]))
+    x = np.random.default_rng(5).normal(size=(RECORDS, FEATURES)).astype(np.float32)
+    x[:, -1] = 0
+    sites = Sites(jnp.asarray(x), jnp.asarray(x.sum(1)), jnp.array([0, 6], jnp.int32), jnp.array([6, 6], jnp.int32))
+    return audit.with_records(sites, 0, 100 * np.eye(FEATURES, dtype=np.float32)[-1:], np.ones(1, np.float32))
 
 
 def test_canaries_are_planted_and_left_out():
     sites = linear_sites()
     assert sites.size.tolist() == [7, 6] and sites.offset.tolist() == [0, 7]
     np.testing.assert_array_equal(sites.x[6], [0, 0, 100])
-    included = jnp.ones(13, bool).at[jnp.array([1, 6, 8])].set(False)
-    left = audit.only(sites, included)
+    included = np.ones(13, bool)
+    included[[1, 6, 8]] = False
+    only = jax.jit(audit.only)
+    sites, left = jax.device_get((sites, only(sites, included)))
     assert left.size.tolist() == [5, 5]
     for site, rows in ((0, [0, 2, 3, 4, 5]), (1, [7, 9, 10, 11, 12])):
         start = int(left.offset[site])
-        np.testing.assert_array_equal(left.x[start:start + 5], sites.x[jnp.array(rows)])
-    everything = audit.only(sites, jnp.ones(13, bool))
+        np.testing.assert_array_equal(left.x[start:start + 5], sites.x[rows])
+    everything = only(sites, np.ones(13, bool))
     np.testing.assert_array_equal(everything.x, sites.x)
     with pytest.raises(FlJaxError, match="no site 2"):
         audit.with_records(sites, 2, sites.x[:1], sites.y[:1])
 
 
-def client_scores(*, noise=NOISE, clip=CLIP, num_runs=400, rounds=4):
-    """Scores of runs with and without one canary among three clients, whose message is ten times the claimed clip."""
+def client_scores(mechanisms, *, num_runs=400, rounds=4):
+    """For each (clip, noise) of `mechanisms` [k, 2], all in one program: scores of runs with and without one canary among three
+    clients, whose message is ten times the claimed clip."""
     canary = {"w": 10 * CLIP * jnp.eye(8)[:1]}
     shared = Variables({"w": jnp.zeros(8)}, {})
 
@@ -114,28 +118,34 @@ def client_scores(*, noise=NOISE, clip=CLIP, num_runs=400, rounds=4):
     idle = Client(lambda v: (v, ()), lambda key, shared, kept, site: (), lambda key, carry, shared, batch: carry, nothing,
                   lambda shared, kept: shared, batches.updates(1, 1))
     client = audit.with_clients(idle, Variables(canary, {}), first=2)
-    algorithm = core.federate(client, aggregators.private_mean(clip, noise, 3), optax.sgd(1.0))
     sites = Sites(jnp.zeros((3, 1)), jnp.zeros(3), jnp.arange(3), jnp.ones(3, jnp.int32))
 
-    def run(key, present):
+    def score(key, present, mechanism):
+        algorithm = core.federate(client, aggregators.private_mean(mechanism[0], mechanism[1], 3), optax.sgd(1.0))
         return audit.watched(
             algorithm, sampling.everyone(sampling.equal), algorithm.init(shared, 3), sites, rounds, audit.moved({"w": jnp.eye(8)[:1]}), key,
             among=lambda cohort: audit.absent(cohort, 2, present[None]))[0]
 
-    return audit.repeated(run, jax.random.key(11), num_runs)
+    def run(key, present):
+        return jax.vmap(lambda each: score(key, present, each))(mechanisms)
+
+    found = audit.repeated(run, jax.random.key(11), num_runs)
+    return [audit.Scores(*sides) for sides in zip(found.inside.T, found.outside.T, strict=True)]
 
 
 def test_a_private_mean_is_not_accused_and_each_of_its_faults_is():
     """Four rounds of multiplier 1 are one of 1/2."""
     claimed = dp_accounting.get_epsilon_gaussian(NOISE / 2, DELTA)
-    shown = audit.gaussian_bound(client_scores(), DELTA)
-    assert 0.5 * claimed < shown < claimed
-    for fault in ({"noise": 0.0}, {"noise": NOISE / 2}, {"clip": 1e6, "noise": NOISE * CLIP / 1e6}):  # left out, halved, not clipped
-        assert audit.gaussian_bound(client_scores(**fault), DELTA) > 1.1 * claimed
+    # as it should be; then noise left out, halved, and not clipped
+    mechanisms = np.array([(CLIP, NOISE), (CLIP, 0), (CLIP, NOISE / 2), (1e6, NOISE * CLIP / 1e6)], np.float32)
+    faultless, *faulty = client_scores(mechanisms)
+    assert 0.5 * claimed < audit.gaussian_bound(faultless, DELTA) < claimed
+    for found in faulty:
+        assert audit.gaussian_bound(found, DELTA) > 1.1 * claimed
 
 
 def test_the_control_stays_below_the_claim_in_nearly_all_repeats():
-    scores = client_scores(num_runs=4_000)
+    (scores,) = client_scores(np.array([(CLIP, NOISE)], np.float32), num_runs=4_000)
     claimed = dp_accounting.get_epsilon_gaussian(NOISE / 2, DELTA)
     parts = zip(np.split(scores.inside, 40), np.split(scores.outside, 40), strict=True)
     assert np.mean([audit.gaussian_bound(audit.Scores(*part), DELTA) <= claimed for part in parts]) >= 0.95
@@ -144,21 +154,22 @@ def test_the_control_stays_below_the_claim_in_nearly_all_repeats():
 
 def test_one_run_of_many_canary_clients_bounds_the_claim_from_below():
     count, size = 300, 4_000
-    canaries = {"w": CLIP * audit.directions(jax.random.key(3), jnp.zeros(size), count)}
+    canaries = jax.jit(lambda key: {"w": CLIP * audit.directions(key, jnp.zeros(size), count)})(jax.random.key(3))
 
-    def shown(noise):
-        aggregator = aggregators.private_mean(CLIP, noise, count)
-
-        def run(key, present):
+    def run(key, present):
+        def shown(noise):
+            aggregator = aggregators.private_mean(CLIP, noise, count)
             lifted = jax.vmap(lambda w, message: aggregator.lift(key, (), w, message))(present.astype(jnp.float32), canaries)
             mean, _, _ = aggregator.combine(key, (), jax.tree.map(lambda leaf: leaf.sum(0), lifted))
             return audit.alignment(mean, canaries)
 
-        return audit.one_run_bound(audit.one_run(run, KEY, count), DELTA)
+        return jax.vmap(shown)(jnp.array([NOISE, 1e-3])).T
 
-    faultless = shown(NOISE)
+    found = audit.one_run(run, KEY, count)
+    sides = zip(found.inside.T, found.outside.T, strict=True)
+    faultless, left_out = (audit.one_run_bound(audit.Scores(*side), DELTA) for side in sides)
     assert 0 < faultless < dp_accounting.get_epsilon_gaussian(NOISE, DELTA)
-    assert shown(1e-3) > 2 * faultless
+    assert left_out > 2 * faultless
 
 
 # Membership and labels.
@@ -166,8 +177,8 @@ def test_one_run_of_many_canary_clients_bounds_the_claim_from_below():
 
 def test_a_memorizing_model_gives_its_members_away_and_a_constant_one_does_not():
     """Nearest centroids of few records in many dimensions: each record is close to a centroid that has it."""
-    x = jax.random.normal(jax.random.key(1), (40, 30))
-    y = jnp.arange(40) % 2
+    x = np.random.default_rng(1).normal(size=(40, 30)).astype(np.float32)
+    y = np.arange(40) % 2
 
     def predict(variables, x):
         return x @ variables.params.T
@@ -181,7 +192,7 @@ def test_a_memorizing_model_gives_its_members_away_and_a_constant_one_does_not()
     shadows = audit.shadow_models(train, KEY, 16, 40)
     members = np.asarray(shadows.members)
     assert (members.sum(0) == 8).all()
-    found = audit.confidences(model, shadows.variables, x, y)
+    found = jax.jit(lambda variables: audit.confidences(model, variables, x, y))(shadows.variables)
     by_loss, ratio = audit.by_loss(found, members), audit.by_likelihood_ratio(found, members)
     assert audit.area_under_curve(by_loss) > 0.7 and audit.area_under_curve(ratio) > audit.area_under_curve(by_loss)
     assert audit.true_positive_rate(ratio, 0.01).low > 0.05
@@ -208,17 +219,18 @@ def test_likelihood_ratios_are_those_of_two_normals():
 
 def test_confidence_is_the_log_odds_of_the_label():
     model = models.bridge(models.LogisticRegression(3), jnp.zeros((1, 2)), models.softmax_cross_entropy)
-    variables = jax.tree.map(lambda leaf: leaf[None], model.init(KEY))
-    x, y = jax.random.normal(KEY, (5, 2)), jnp.array([0, 1, 2, 0, 1])
+    variables = jax.tree.map(lambda leaf: leaf[None], jax.jit(model.init)(KEY))
+    x, y = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32), np.array([0, 1, 2, 0, 1])
     p = np.asarray(jax.nn.softmax(model.predict(jax.tree.map(lambda leaf: leaf[0], variables), x)))[np.arange(5), y]
-    np.testing.assert_allclose(audit.confidences(model, variables, x, y)[0], np.log(p / (1 - p)), rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(lambda: audit.confidences(model, variables, x, y))()[0], np.log(p / (1 - p)), rtol=1e-4)
 
 
 def test_a_gradients_label_is_read_off_it():
     model = models.bridge(models.TwoNN(num_classes=5, hidden=8), jnp.zeros((1, 6)), models.softmax_cross_entropy)
-    params = model.init(KEY).params
+    params = jax.jit(model.init)(KEY).params
     oracle = jax.jit(gradients.plain(model).compute)
     for label in range(5):
-        batch = Batch(jax.random.normal(jax.random.key(label), (1, 6)), jnp.array([label]), jnp.ones(1))
+        x = np.random.default_rng(label).normal(size=(1, 6)).astype(np.float32)
+        batch = Batch(x, np.array([label]), np.ones(1, np.float32))
         slope, *_ = oracle(KEY, (), params, {}, batch)
         assert audit.infer_label(slope["Dense_2"]["bias"]) == audit.infer_label(slope["Dense_2"]["kernel"]) == label

@@ -121,8 +121,9 @@ def test_every_epoch_uses_every_record_once(n):
 def test_a_batch_above_a_sites_size_is_one_padded_batch_a_pass():
     budget = batches.epochs(2, 32)
     assert int(budget.steps(jnp.int32(5))) == 2
+    draw = jax.jit(budget.draw)
     for t in range(2):
-        index, mask = jax.jit(budget.draw)(budget.order(KEY, jnp.int32(5)), jnp.int32(t))
+        index, mask = draw(budget.order(KEY, jnp.int32(5)), jnp.int32(t))
         assert mask.sum() == 5 and index.max() < 5
         assert set(np.asarray(index)[np.asarray(mask) > 0]) == set(range(5))
 
@@ -169,7 +170,7 @@ def test_a_pass_costs_each_record_one_step_without_amplification_when_it_is_repl
     for count in (1, 3, 4, 7):  # passes of 3 steps over 10 records
         round = batches.updates(count, 4).account(event, 10)
         order = batches.order(KEY, jnp.int32(10))
-        index, mask = jax.vmap(batches.updates(count, 4).draw, (None, 0))(order, jnp.arange(count))
+        index, mask = jax.jit(jax.vmap(batches.updates(count, 4).draw, (None, 0)))(order, jnp.arange(count))
         seen = np.bincount(np.asarray(index)[np.asarray(mask) > 0], minlength=10)
         assert round.count == max(seen)
     assert privacy.natural_relation(round) is privacy.NeighboringRelation.REPLACE_ONE

@@ -30,6 +30,7 @@ from fl_jax.types import Sites, Variables
 KEY = jax.random.key(3)
 N = len(SIZES)
 SGD, WORK, FULL = optax.sgd(0.1), batches.epochs(1, 4), batches.epochs(1, 16)
+LOSS, ACCURACY = ({name: CLASSIFICATION[name]} for name in ("loss", "accuracy"))  # all would take seconds to compile
 HEAD = algorithms.layers("Dense_1")
 
 
@@ -74,7 +75,7 @@ def newcomers() -> Sites:
 @pytest.fixture(scope="module")
 def trained(normed_model, sites):
     """(build) -> the algorithm and its state after one round of everybody; each built once."""
-    variables, everyone = normed_model.init(KEY), sampling.everyone().draw(KEY, 0, sites)
+    variables, everyone = jax.jit(normed_model.init)(KEY), sampling.everyone().draw(KEY, 0, sites)
     found = {}
 
     def run(build):
@@ -116,7 +117,7 @@ def test_fine_tuning_is_gradient_descent_on_the_sites_own_records(plain_model, s
 
 
 def test_what_is_fixed_is_not_tuned_and_a_site_without_records_tunes_nothing(normed_model, sites, newcomers):
-    variables = normed_model.init(KEY)
+    variables = jax.jit(normed_model.init)(KEY)
     head = at_site(deployment.fine_tuned(normed_model, SGD, FULL, fixed=lambda path, module: not HEAD(path, module)))
     after = head(KEY, variables, sites, 0)
     for layer in variables.params:
@@ -151,7 +152,7 @@ def test_recalibration_measures_the_sites_records_whatever_the_momentum_and_the_
 
 
 def test_recalibration_weighs_batches_by_their_records_and_needs_some(normed_model, sites, newcomers):
-    variables = normed_model.init(KEY)
+    variables = jax.jit(normed_model.init)(KEY)
     recalibrate = at_site(deployment.recalibrated(normed_model, batches.epochs(1, 4)))
     measured = recalibrate(KEY, variables, sites, 5).stats["BatchNorm_0"]["mean"]  # six records in batches of four and two
     np.testing.assert_allclose(measured, mean_of_hidden(variables, sites, 5), atol=1e-5)
@@ -173,17 +174,24 @@ def test_averaging_parameters_only_is_another_model_than_it_is_taken_for(normed_
     moved = sites_of(np.array([40, 40, 40]))
     shift = np.repeat(np.array([-2.0, 0.0, 2.0]), 40)[:, None].astype(np.float32)
     moved = moved._replace(x=moved.x + shift)
-    everyone, variables = sampling.everyone().draw(KEY, 0, moved), normed_model.init(KEY)
+    everyone, variables = sampling.everyone().draw(KEY, 0, moved), jax.jit(normed_model.init)(KEY)
     found = {}
+
+    def loss(deployed):
+        def model_of_site(id):
+            return jax.tree.map(lambda leaf: leaf[id], deployed)
+
+        return evaluation.evaluate(normed_model, model_of_site, moved, 40, LOSS).mean["loss"]
+
+    measured = jax.jit(loss)
     for policy in (norms.AVERAGED, norms.LOCAL_STATISTICS, norms.RECALIBRATED):
         algorithm = algorithms.fedavg(normed_model, SGD, batches.epochs(3, 8), norms=policy)
-        state, round = algorithm.init(variables, 3), jax.jit(algorithm.round)
+        state, round, deploy = algorithm.init(variables, 3), jax.jit(algorithm.round), jax.jit(algorithm.deploy)
         for r in range(20):
             state, _ = round(jax.random.fold_in(KEY, r), state, everyone, moved)
-        deployed = [jax.jit(algorithm.deploy)(KEY, state, jnp.int32(i), moved) for i in range(3)]
-        measured = evaluation.evaluate(
-            normed_model, lambda id, deployed=deployed: jax.tree.map(lambda *leaves: jnp.stack(leaves)[id], *deployed), moved, 40)
-        found[policy.name] = algorithm, state, deployed, float(measured.mean["loss"])
+        deployed = [deploy(KEY, state, jnp.int32(i), moved) for i in range(3)]
+        together = jax.tree.map(lambda *leaves: np.stack(leaves), *deployed)
+        found[policy.name] = algorithm, state, deployed, float(measured(together))
     averaged, silent, recalibrated = (found[p.name] for p in (norms.AVERAGED, norms.LOCAL_STATISTICS, norms.RECALIBRATED))
     # training never looks at running statistics, so that the parameters are the same, and still what is measured differs
     close(averaged[1].shared.params, silent[1].shared.params)
@@ -197,10 +205,12 @@ def test_averaging_parameters_only_is_another_model_than_it_is_taken_for(normed_
 
 def test_a_newcomer_is_given_the_shared_model_or_makes_a_round_of_its_own(trained, newcomers, normed_model):
     algorithm, state = trained(plainly)
+    welcome = jax.jit(algorithm.welcome)
     for id in range(3):
-        same(jax.jit(algorithm.welcome)(KEY, state, jnp.int32(id), newcomers), state.shared)
+        same(welcome(KEY, state, jnp.int32(id), newcomers), state.shared)
     algorithm, state = trained(personally)
-    welcomed = [jax.jit(algorithm.welcome)(KEY, state, jnp.int32(id), newcomers) for id in range(3)]
+    welcome = jax.jit(algorithm.welcome)
+    welcomed = [welcome(KEY, state, jnp.int32(id), newcomers) for id in range(3)]
     mean = jax.tree.map(lambda leaf: leaf.mean(0), state.clients.leaves.params["Dense_1"])
     close(welcomed[2].params["Dense_1"], mean)  # no records: the mean of the heads
     for id in range(3):
@@ -232,10 +242,14 @@ def test_an_uplink_keeps_what_its_client_says_of_deployment_and_newcomers(normed
     tune = deployment.fine_tuned(normed_model, SGD, FULL)
     inner = clients.local_training(normed_model, gradients.plain(normed_model), SGD, WORK)
     wrapped = clients.uplink(deployment.deploying(inner, tune), uplink.top_k(0.5))
-    state = wrapped.init(normed_model.init(KEY))
-    expected = deployment.deploying(inner, tune).adapt(KEY, *inner.init(normed_model.init(KEY)), site_of(sites, 0))
-    same(wrapped.adapt(KEY, *state, site_of(sites, 0)), expected)
-    kept = jax.tree.map(lambda leaf: jnp.stack([leaf + 1.0, leaf + 3.0]), state[1])
+    variables = jax.jit(normed_model.init)(KEY)
+    state = wrapped.init(variables)
+
+    def adapted(client, state):
+        return jax.jit(lambda state: client.adapt(KEY, *state, site_of(sites, 0)))(state)
+
+    same(adapted(wrapped, state), adapted(deployment.deploying(inner, tune), inner.init(variables)))
+    kept = jax.tree.map(lambda leaf: np.stack([leaf + 1.0, leaf + 3.0]), state[1])
     residual = wrapped.newcomer(KEY, kept).uplink
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(residual))  # nothing is owed by a site that sent nothing
 
@@ -244,7 +258,7 @@ def test_deployment_changes_no_round(normed_model, sites, trained):
     _, expected = trained(plainly)
     tuned = algorithms.fedavg(normed_model, SGD, WORK, deploy=deployment.fine_tuned(normed_model, SGD, FULL))
     everyone = sampling.everyone().draw(KEY, 0, sites)
-    same(jax.jit(tuned.round)(KEY, tuned.init(normed_model.init(KEY), N), everyone, sites)[0], expected)
+    same(jax.jit(tuned.round)(KEY, tuned.init(jax.jit(normed_model.init)(KEY), N), everyone, sites)[0], expected)
 
 
 def test_evaluation_makes_the_model_of_a_site_once_for_all_splits(plain_model, sites):
@@ -259,8 +273,9 @@ def test_evaluation_makes_the_model_of_a_site_once_for_all_splits(plain_model, s
     jax.effects_barrier()
     assert sorted(made) == list(range(N))
     same(evaluated[0], evaluated[1])
-    same(evaluation.score(plain_model, evaluated[0], sites, CLASSIFICATION).site["accuracy"],
-         evaluation.evaluate(plain_model, lambda id: plain_model.init(KEY), sites, 5).site["accuracy"])
+    scored = jax.jit(lambda outputs: evaluation.score(plain_model, outputs, sites, ACCURACY))(evaluated[0])
+    whole = jax.jit(lambda: evaluation.evaluate(plain_model, lambda id: plain_model.init(KEY), sites, 5, ACCURACY))()
+    same(scored.site["accuracy"], whole.site["accuracy"])
 
 
 def test_a_study_measures_newcomers_with_what_they_deploy(plain_model):
@@ -272,15 +287,19 @@ def test_a_study_measures_newcomers_with_what_they_deploy(plain_model):
     tune = deployment.fine_tuned(plain_model, optax.sgd(0.5), batches.updates(60, 16))
     arms = [training.Arm(name, lambda _, tune=tune: algorithms.fedavg(plain_model, SGD, WORK, deploy=tune), lambda sites: sampling.everyone())
             for name, tune in (("FedAvg", None), ("FedAvg, tuned", tune))]
-    study = training.Study(plain_model, data.stack([dataset]), ("a", "b"), ("c",), 2, 2, chunk=8)
+    study = training.Study(plain_model, data.stack([dataset]), ("a", "b"), ("c",), 2, 2, chunk=8, metrics=LOSS)
     fits = training.fit(study, arms, [0], training.seeds_of([0], stacked=True), progress=False)
     splits = dataset.device()
+
+    @jax.jit
+    def loss(variables):
+        return evaluation.evaluate(plain_model, lambda id: variables, splits.unseen, 8, LOSS).site["loss"][0]
+
     for (name, fit), deployed in zip(fits.items(), (None, tune), strict=True):
         state = jax.tree.map(lambda leaf: leaf[0], fit.state)
         variables = state.shared if deployed is None else at_site(deployed)(KEY, state.shared, splits.support, 0)
-        by_hand = evaluation.evaluate(plain_model, lambda id, variables=variables: variables, splits.unseen, 8).site["loss"][0]
         rows = fit.rows[(fit.rows["split"] == "unseen") & (fit.rows["metric"] == "loss")]
-        np.testing.assert_allclose(rows["value"].to_numpy(), [by_hand], rtol=1e-5)
+        np.testing.assert_allclose(rows["value"].to_numpy(), [loss(variables)], rtol=1e-5)
     unseen, seen = (pd.concat([fit.rows for fit in fits.values()]).query(f"split == '{split}' and metric == 'loss'") for split in ("unseen", "test"))
     of = {split: {arm: rows[rows["site"].isin(["c", "mean"])]["value"].item() for arm, rows in table.groupby("arm")}
           for split, table in (("unseen", unseen), ("test", seen))}
@@ -292,7 +311,7 @@ def test_a_site_that_joins_late_is_a_newcomer_until_then(normed_model, sites):
     joins = np.array([0, 0, 0, 0, 0, 2])
     late = sampling.with_presence(sampling.everyone(), joins)
     algorithm = personally(normed_model)
-    state, round = algorithm.init(normed_model.init(KEY), N), jax.jit(algorithm.round)
+    state, round = algorithm.init(jax.jit(normed_model.init)(KEY), N), jax.jit(algorithm.round)
     start = jax.tree.map(lambda leaf: leaf[5], state.clients)
     for r in range(3):
         before = state

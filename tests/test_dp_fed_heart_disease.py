@@ -123,11 +123,11 @@ def test_the_true_epsilon_counts_all_steps_and_claims_no_amplification_of_passes
 def a_batch(rows=4, present=4):
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(rows, FEATURES)).astype(np.float32), np.array([0, 1, 1, 0], np.int32)[:rows]
-    return Batch(jnp.asarray(x), jnp.asarray(y), jnp.arange(rows) < present, jnp.float32(3))
+    return Batch(x, y, np.arange(rows) < present, np.float32(3))
 
 
 def test_one_generator_draws_alike_everywhere_anew_in_each_step_and_is_not_private():
-    params, stats_ = MODEL.init(jax.random.key(0))
+    params, stats_ = jax.jit(MODEL.init)(jax.random.key(0))
     seed = jax.random.key(7)
 
     @jax.jit
@@ -144,8 +144,9 @@ def test_one_generator_draws_alike_everywhere_anew_in_each_step_and_is_not_priva
     np.testing.assert_allclose(3 * one, other, rtol=1e-5)
     assert drawn == 2 and float(jnp.abs(one[0] - one[1]).min()) > 1e-4
     assert opacus.one_generator(MODEL, 2.0, seed).event == dp_accounting.NonPrivateDpEvent()
-    own = gradients.private(MODEL, opacus.CLIP, 2.0).compute(jax.random.key(1), (), params, stats_, a_batch(present=0))[0]
-    assert float(jnp.abs(jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(own)]) - one[0]).min()) > 1e-4
+    private = jax.jit(gradients.private(MODEL, opacus.CLIP, 2.0).compute)
+    own = private(jax.random.key(1), (), params, stats_, a_batch(present=0))[0]
+    assert np.abs(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(own)]) - one[0]).min() > 1e-4
 
 
 def test_each_site_has_its_own_hyper_parameter():
@@ -155,7 +156,7 @@ def test_each_site_has_its_own_hyper_parameter():
         return clients.local_training(MODEL, plain, optax.sgd(rate), work)
 
     rates = jnp.array([0.1, 0.5, 2.0])
-    shared, kept = build(0.1).init(MODEL.init(jax.random.key(0)))
+    shared, kept = build(0.1).init(jax.jit(MODEL.init)(jax.random.key(0)))
 
     def message(client, id):
         carry = client.begin(jax.random.key(1), shared, kept, Site(jnp.int32(id), jnp.int32(8), jnp.int32(2), lambda index: index))
@@ -164,8 +165,9 @@ def test_each_site_has_its_own_hyper_parameter():
         return client.end(carry, shared, kept)[0]
 
     together = opacus.by_site(build, rates)
+    of_site, alone = jax.jit(lambda id: message(together, id)), jax.jit(lambda rate, id: message(build(rate), id))
     for id, rate in enumerate(rates):
-        jax.tree.map(np.testing.assert_array_equal, message(together, id), message(build(rate), id))
+        jax.tree.map(np.testing.assert_array_equal, of_site(id), alone(rate, id))
     assert together.event(8) == dp_accounting.NonPrivateDpEvent()
 
 
@@ -175,7 +177,7 @@ def test_a_round_without_noise_is_clipped_sums_over_opacus_denominators():
     x, y = (4 * rng.normal(size=(11, FEATURES))).astype(np.float32), rng.integers(0, 2, 11)
     sites = Sites(jnp.asarray(x), jnp.asarray(y), jnp.array([0, 7]), jnp.asarray(sizes))
     algorithm = opacus.fedavg(MODEL, rate, opacus.passes(2, 4), jnp.zeros(2))
-    state = algorithm.init(MODEL.init(jax.random.key(0)), 2)
+    state = algorithm.init(jax.jit(MODEL.init)(jax.random.key(0)), 2)
     params = algorithm.model(state, jnp.int32(0)).params
     cohort = Cohort(jnp.arange(2), jnp.asarray(sizes, jnp.float32), jnp.full(2, 1_000))
     state, _ = jax.jit(algorithm.round)(jax.random.key(2), state, cohort, sites)
@@ -248,6 +250,9 @@ def test_choices_are_the_best_on_validation_records_and_blind_to_test_records(mo
         return scores
 
     monkeypatch.setattr(training, "compile_arms", remembered)
+    about = {1.0: 12.0, 10.0: 1.5}  # what it finds takes seconds
+    monkeypatch.setattr(study, "calibrated", lambda config, plan, epsilon: np.float32(about[epsilon]))
+    monkeypatch.setattr(study.sweep, "run_mesh", lambda: None)  # a program for many devices takes longer to compile
     monkeypatch.setattr(rate_grid, "validation_scores", watched)
     found = study.choose(SMALL, federation)
     again = study.choose(SMALL, lambda validation, seed: federation(validation, seed, poison=True))

@@ -86,20 +86,31 @@ WITHOUT_GRADIENTS = {"logistic regression": 1, "2NN": 3, "linear risk": 1, "FedA
 
 
 def a_batch(shape, dtype, loss_of_one_output):
-    x = jax.random.normal(KEY, (ROWS, *shape)) * 2 if dtype == jnp.float32 else jax.random.randint(KEY, (ROWS, *shape), 0, 7)
-    return x, jnp.arange(ROWS) / 2.0 if loss_of_one_output else jnp.arange(ROWS) % 3
+    rng, rows = np.random.default_rng(0), np.arange(ROWS, dtype=np.int32)
+    x = np.float32(2 * rng.normal(size=(ROWS, *shape))) if dtype == jnp.float32 else rng.integers(0, 7, (ROWS, *shape), np.int32)
+    return x, np.float32(rows / 2) if loss_of_one_output else rows % 3
+
+
+def a_model_of(model, seed=1):
+    """Parameters of about the size of initial ones, the biases random too."""
+    rng = np.random.default_rng(seed)
+
+    def drawn(path, leaf):
+        deviation = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.05
+        return np.float32(deviation * rng.normal(size=leaf.shape) + (path_of(path)[-1] == "scale"))
+
+    return jax.tree_util.tree_map_with_path(drawn, jax.eval_shape(model.init, KEY).params)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "ResNet-18" else ()) for name in NETWORKS])
 def test_forms_agree_on_every_network(name):
     model, shape, dtype = NETWORKS[name]()
     x, y = a_batch(shape, dtype, name == "linear risk")
-    params = jax.jit(model.init)(KEY).params
-    params = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(KEY, leaf.shape), params)
+    params = a_model_of(model)
     paths = [path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     keys = jax.random.split(KEY, ROWS)
     each_leaf = list(range(len(paths)))
-    factors = jax.random.uniform(KEY, (ROWS, len(paths)))
+    factors = np.float32(np.random.default_rng(2).uniform(size=(ROWS, len(paths))))
     found = []
 
     @jax.jit
@@ -120,8 +131,8 @@ def test_the_sum_without_clipping_is_the_gradient_of_the_batch():
     """A reference that knows nothing of records: the mean loss of a batch, differentiated as a whole."""
     model, shape, dtype = NETWORKS["several"]()
     x, y = a_batch(shape, dtype, False)
-    params = jax.jit(model.init)(KEY).params
-    whole = jax.jit(jax.grad(lambda p: model.loss(KEY, p, {}, Batch(x, y, jnp.ones(ROWS)))[0]))(params)
+    params = a_model_of(model)
+    whole = jax.jit(jax.grad(lambda p: model.loss(KEY, p, {}, Batch(x, y, np.ones(ROWS, np.float32)))[0]))(params)
     groups = [0] * len(jax.tree.leaves(params))
     keys, share = jax.random.split(KEY, ROWS), jnp.full((ROWS, 1), 1 / ROWS)
     ours = jax.jit(lambda: records.by_layers(model)(keys, params, {}, x, y, groups).combine(share))()
@@ -165,11 +176,15 @@ def test_a_record_of_rows_that_cancel_is_within_the_bound():
     through."""
     model, _, _ = of(Sequence(), (2, 4))
     x = jnp.array([[[1e6, 3e5, 7e5, 1.0], [-1e6, -3e5, -7e5, 2.0]]])
-    params = jax.tree.map(jnp.ones_like, jax.jit(model.init)(KEY).params)
-    held = records.by_layers(model)(jax.random.split(KEY, 1), params, {}, x, jnp.zeros(1, jnp.int32), [0])
-    factors, _, _ = scaling.factors(FLAT, held.norms, jnp.float32(0.01))
-    total = held.combine(factors)
-    assert float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(total)))) <= 0.01 * (1 + 1e-5)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), jax.eval_shape(model.init, KEY).params)
+
+    @jax.jit
+    def total():
+        held = records.by_layers(model)(jax.random.split(KEY, 1), params, {}, x, jnp.zeros(1, jnp.int32), [0])
+        factors, _, _ = scaling.factors(FLAT, held.norms, jnp.float32(0.01))
+        return held.combine(factors)
+
+    assert float(np.sqrt(sum(np.sum(np.asarray(leaf) ** 2) for leaf in jax.tree.leaves(total())))) <= 0.01 * (1 + 1e-5)
 
 
 class Sequence(nn.Module):

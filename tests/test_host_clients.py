@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 
 from fl_jax import algorithms, batches, data, deployment, host_clients, sampling, training
+from fl_jax.metrics import CLASSIFICATION
 from fl_jax.results import RunFolder
 from fl_jax.sweep import run_mesh
 
-SITES, UNSEEN, SEEDS, ROUNDS = tuple("abcde"), ("v", "w"), [3, 4], 3
+SITES, UNSEEN, SEEDS, ROUNDS = tuple("abcde"), ("v", "w"), [3, 4], 4
 SGD, WORK, FULL = optax.sgd(0.1), batches.epochs(1, 4), batches.epochs(1, 16)
+METRICS = {name: CLASSIFICATION[name] for name in ("loss", "accuracy")}  # of the predictions; others take long to compile
 SIZES = np.array([14, 6, 21, 9, 17, 12, 10])
 
 
@@ -33,13 +35,15 @@ def by_coins(sites):
 
 
 @pytest.fixture(scope="module")
-def fitted(normed_model):
+def fitted(plain_model, normed_model):
     """(build, support) -> the fits of an arm on the device and on the host."""
 
-    def fit(build, support=None, folder=None, resume=False, rounds=ROUNDS, mesh=None, which=(False, True), cohorts=some_of_them):
-        study = training.Study(
-            normed_model, data.stack([dataset(seed, support) for seed in SEEDS]), SITES, UNSEEN, rounds, 2, chunk=8, mesh=mesh)
-        arms = [training.Arm(f"on host {host}", lambda _: build(normed_model), cohorts, clients_on_host=host) for host in which]
+    def fit(build, support=None, folder=None, resume=False, rounds=ROUNDS, mesh=None, which=(False, True), cohorts=some_of_them,
+            normed=False):
+        model = normed_model if normed else plain_model
+        splits = data.stack([dataset(seed, support) for seed in SEEDS])
+        study = training.Study(model, splits, SITES, UNSEEN, rounds, 2, chunk=8, metrics=METRICS, mesh=mesh)
+        arms = [training.Arm(f"on host {host}", lambda _: build(model), cohorts, clients_on_host=host) for host in which]
         fits = training.fit(study, arms, SEEDS, training.seeds_of(SEEDS, stacked=True), progress=False, folder=folder, resume=resume)
         return [fits[arm.name] for arm in arms]
 
@@ -54,31 +58,31 @@ def alike(device, host):
     assert device.payload == host.payload
 
 
-@pytest.mark.parametrize("build, support", [
-    (lambda model: algorithms.ditto(model, SGD, WORK, 0.5), None),
-    (lambda model: algorithms.fedbn(model, SGD, WORK, deploy=deployment.fine_tuned(model, SGD, FULL)), 3),
-    (lambda model: algorithms.local_only(model, SGD, WORK), 3),
-], ids=["Ditto and donors", "tuned FedBN and newcomers", "local-only newcomers"])
-def test_results_are_those_of_state_on_the_device(monkeypatch, fitted, build, support):
+def ditto(model):
+    return algorithms.ditto(model, SGD, WORK, 0.5)
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
     monkeypatch.setattr(host_clients, "GROUP", 2)  # the last group is not full
-    alike(*fitted(build, support))
 
 
-def test_places_of_nobody_change_no_clients_state(fitted):
-    alike(*fitted(lambda model: algorithms.ditto(model, SGD, WORK, 0.5), cohorts=by_coins, rounds=8))
-
-
-def test_runs_on_a_mesh_and_one_client_that_has_all_records_are_no_different(fitted):
-    alike(*fitted(lambda model: algorithms.scaffold(model, 0.1, WORK), mesh=run_mesh(2)))
+@pytest.mark.parametrize("build, choices", [
+    (ditto, {"cohorts": by_coins, "rounds": 8}),
+    (lambda model: algorithms.fedbn(model, SGD, WORK, deploy=deployment.fine_tuned(model, SGD, FULL)),
+     {"support": 3, "normed": True}),
+    (lambda model: algorithms.local_only(model, SGD, WORK), {"support": 3}),
+    (lambda model: algorithms.scaffold(model, 0.1, WORK), {"mesh": run_mesh(2)}),
+], ids=["Ditto, donors, and places of nobody", "tuned FedBN and newcomers", "local-only newcomers", "SCAFFOLD on a mesh"])
+def test_results_are_those_of_state_on_the_device(fitted, build, choices):
+    alike(*fitted(build, **choices))
 
 
 def test_a_run_that_goes_on_from_its_checkpoint_equals_one_that_was_not_stopped(fitted, tmp_path):
-    def build(model):
-        return algorithms.fedper(model, SGD, WORK, algorithms.layers("Dense_1"))
-
-    (whole,) = fitted(build, which=(True,))
+    choices = {"which": (True,), "cohorts": by_coins}
+    (whole,) = fitted(ditto, **choices)
     folder = RunFolder.create(tmp_path / "run", {})
-    fitted(build, which=(True,), rounds=2, folder=folder)
-    (resumed,) = fitted(build, which=(True,), folder=folder, resume=True)
+    fitted(ditto, rounds=2, folder=folder, **choices)
+    (resumed,) = fitted(ditto, folder=folder, resume=True, **choices)
     pd.testing.assert_frame_equal(whole.rows, resumed.rows)
     jax.tree.map(np.testing.assert_array_equal, whole.state, resumed.state)

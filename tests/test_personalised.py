@@ -26,12 +26,33 @@ def cohort_of(ids):
 COHORTS = [cohort_of([0, 2, 4, 5]), cohort_of([1, 2, 3, 5])]
 
 
-def deployed(algorithm, variables, sites, cohorts=COHORTS):
-    """The state after a round for each cohort, and what each site deploys."""
-    state, round = algorithm.init(variables, N), jax.jit(algorithm.round)
+rounds = {}  # of each builder and model: compiled once for all values of the builder's hyper-parameters
+
+
+def deployed(build, model, variables, sites, cohorts=COHORTS, hyper=()):
+    """The state after a round of build(model, *hyper) for each cohort, and what each site deploys."""
+    round = rounds.setdefault((build, id(model)), jax.jit(lambda hyper, *inputs: build(model, *hyper).round(*inputs)))
+    algorithm = build(model, *hyper)
+    state = algorithm.init(variables, N)
     for r, cohort in enumerate(cohorts):
-        state, _ = round(jax.random.fold_in(KEY, r), state, cohort, sites)
+        state, _ = round(hyper, jax.random.fold_in(KEY, r), state, cohort, sites)
     return state, jax.vmap(lambda id: algorithm.model(state, id))(jnp.arange(N))
+
+
+def ditto(model, strength):
+    return algorithms.ditto(model, SGD, WORK, strength)
+
+
+def apfl(model, alpha):
+    return algorithms.apfl(model, 0.1, WORK, alpha)
+
+
+def fedrep_of_the_head(model, share):
+    return algorithms.fedrep(model, optax.sgd(0.1, 0.9), WORK, HEAD, head_share=share)
+
+
+def fedala_of_everything(model, rate):
+    return algorithms.fedala(model, SGD, WORK, EVERYTHING, rate=rate)
 
 
 def close(a, b, tolerance=1e-5):
@@ -42,39 +63,39 @@ def close(a, b, tolerance=1e-5):
 @pytest.fixture(scope="module")
 def references(plain_model, sites):
     """Of the plain model: its start, what sites deploy after FedAvg, and after local training."""
-    variables = plain_model.init(KEY)
-    return variables, *(deployed(algorithm, variables, sites)[1] for algorithm in (
-        algorithms.fedavg(plain_model, SGD, WORK), algorithms.local_only(plain_model, SGD, WORK)))
+    variables = jax.jit(plain_model.init)(KEY)
+    return variables, *(deployed(build, plain_model, variables, sites)[1] for build in (
+        lambda model: algorithms.fedavg(model, SGD, WORK), lambda model: algorithms.local_only(model, SGD, WORK)))
 
 
-@pytest.mark.parametrize("build, becomes", [
-    (lambda model: algorithms.ditto(model, SGD, WORK, 0.0), "local"),
-    (lambda model: algorithms.mr_mtl(model, SGD, WORK, 0.0), "local"),
-    (lambda model: algorithms.apfl(model, 0.1, WORK, 1.0), "local"),
-    (lambda model: algorithms.apfl(model, 0.1, WORK, 0.0), "averaged"),
-    (lambda model: algorithms.fedper(model, SGD, WORK, EVERYTHING), "local"),
-    (lambda model: algorithms.fedper(model, SGD, WORK, NOTHING), "averaged"),
-    (lambda model: algorithms.lg_fedavg(model, SGD, WORK, EVERYTHING), "averaged"),
-    (lambda model: algorithms.lg_fedavg(model, SGD, WORK, NOTHING), "local"),
-    (lambda model: algorithms.fedrep(model, SGD, WORK, NOTHING, head_share=0.0), "averaged"),
-    (lambda model: algorithms.fedrep(model, SGD, WORK, EVERYTHING, head_share=1.0), "local"),
-    (lambda model: algorithms.silobn(model, SGD, WORK), "averaged"),
+@pytest.mark.parametrize("build, hyper, becomes", [
+    (ditto, (0.0,), "local"),
+    (lambda model: algorithms.mr_mtl(model, SGD, WORK, 0.0), (), "local"),
+    (apfl, (1.0,), "local"),
+    (apfl, (0.0,), "averaged"),
+    (lambda model: algorithms.fedper(model, SGD, WORK, EVERYTHING), (), "local"),
+    (lambda model: algorithms.fedper(model, SGD, WORK, NOTHING), (), "averaged"),
+    (lambda model: algorithms.lg_fedavg(model, SGD, WORK, EVERYTHING), (), "averaged"),
+    (lambda model: algorithms.lg_fedavg(model, SGD, WORK, NOTHING), (), "local"),
+    (lambda model: algorithms.fedrep(model, SGD, WORK, NOTHING, head_share=0.0), (), "averaged"),
+    (lambda model: algorithms.fedrep(model, SGD, WORK, EVERYTHING, head_share=1.0), (), "local"),
+    (lambda model: algorithms.silobn(model, SGD, WORK), (), "averaged"),
 ], ids=["Ditto 0", "MR-MTL 0", "APFL 1", "APFL 0", "FedPer of everything", "FedPer of nothing", "LG-FedAvg of everything", "LG-FedAvg of nothing",
         "FedRep without a head", "FedRep that is all head", "SiloBN without norms"])
-def test_special_cases_are_fedavg_or_local_training(plain_model, sites, references, build, becomes):
+def test_special_cases_are_fedavg_or_local_training(plain_model, sites, references, build, hyper, becomes):
     variables, averaged, local = references
-    close(deployed(build(plain_model), variables, sites)[1], {"averaged": averaged, "local": local}[becomes])
+    close(deployed(build, plain_model, variables, sites, hyper=hyper)[1], {"averaged": averaged, "local": local}[becomes])
 
 
 def test_dittos_shared_model_is_fedavgs(plain_model, sites, references):
     variables, averaged, _ = references
-    state, own = deployed(algorithms.ditto(plain_model, SGD, WORK, 0.7), variables, sites)
+    state, own = deployed(ditto, plain_model, variables, sites, hyper=(0.7,))
     close(jax.vmap(lambda _: state.shared)(jnp.arange(N)), averaged)
     assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(averaged), strict=True)) > 1e-3
 
 
 def test_what_stays_is_the_head_or_the_body(normed_model, sites):
-    variables = normed_model.init(KEY)
+    variables = jax.jit(normed_model.init)(KEY)
 
     def shared(algorithm):
         state = algorithm.init(variables, N)
@@ -104,25 +125,24 @@ def settled(algorithm, rounds=60):
     def one(state, key):
         return algorithm.round(key, state, cohort_of(range(3)), ESTIMATION)[0], None
 
-    state, _ = jax.jit(lambda keys: jax.lax.scan(one, algorithm.init(ZERO, 3), keys))(jax.random.split(KEY, rounds))
-    return state, np.array([algorithm.model(state, jnp.int32(i)).params["Dense_0"]["kernel"][0, 0] for i in range(3)])
+    state, _ = jax.lax.scan(one, algorithm.init(ZERO, 3), jax.random.split(KEY, rounds))
+    return state, jax.vmap(lambda i: algorithm.model(state, i).params["Dense_0"]["kernel"][0, 0])(jnp.arange(3))
 
 
-@pytest.mark.parametrize("strength", [0.5, 4.0])
-def test_ditto_and_mr_mtl_find_the_closed_form_of_mean_estimation(strength):
+@pytest.mark.parametrize("build", [algorithms.ditto, algorithms.mr_mtl])
+def test_ditto_and_mr_mtl_find_the_closed_form_of_mean_estimation(build):
     """(v - m)^2 + strength/2 (v - w)^2 is least at (2 m + strength w) / (2 + strength); both means w are that of the sites' means."""
-    expected = (2 * MEANS + strength * MEANS.mean()) / (2 + strength)
-    for build in (algorithms.ditto, algorithms.mr_mtl):
-        _, found = settled(build(LEVEL, SGD, WHOLE, strength))
-        np.testing.assert_allclose(found, expected, atol=1e-3)
+    find = jax.jit(lambda strength: settled(build(LEVEL, SGD, WHOLE, strength))[1])
+    for strength in (0.5, 4.0):
+        expected = (2 * MEANS + strength * MEANS.mean()) / (2 + strength)
+        np.testing.assert_allclose(find(strength), expected, atol=1e-3)
 
 
 def test_ditto_stays_a_step_from_the_shared_model_where_rate_times_strength_is_one(plain_model, sites):
     """v - lr (g + (v - w) / lr) = w - lr g, whatever v was."""
-    rate, variables = 0.1, plain_model.init(KEY)
-    algorithm = algorithms.ditto(plain_model, optax.sgd(rate), WORK, 1 / rate)
-    before, _ = deployed(algorithm, variables, sites, COHORTS[:1])
-    after, own = deployed(algorithm, variables, sites)
+    rate, variables = 0.1, jax.jit(plain_model.init)(KEY)  # SGD's rate
+    before, _ = deployed(ditto, plain_model, variables, sites, COHORTS[:1], (1 / rate,))
+    after, own = jax.device_get(deployed(ditto, plain_model, variables, sites, hyper=(1 / rate,)))
     for i in (1, 2, 3, 5):
         away = optax.tree.norm(jax.tree.map(lambda v, w, i=i: v[i] - w, own.params, before.shared.params))
         assert 0 < away <= rate * 3 * np.sqrt(2) * (1 + np.abs(sites.x).max() * 2)  # softmax slopes are at most sqrt 2 |(x, 1)|
@@ -134,7 +154,7 @@ def test_pfedme_is_algorithm_1():
     strength, inner, rate, beta = 3.0, 0.05, 0.02, 0.7
     algorithm = algorithms.pfedme(
         LEVEL, batches.updates(3, 4), strength=strength, inner_steps=2, inner_rate=inner, rate=rate, beta=beta)
-    _, found = settled(algorithm, rounds=2)
+    found = jax.jit(lambda: settled(algorithm, rounds=2)[1])()
     shared = 0.0
     for _ in range(2):
         local, own = [], []
@@ -153,7 +173,7 @@ def test_pfedme_is_algorithm_1():
 def test_apfl_follows_algorithm_1_with_an_alpha_of_its_own():
     rate, alpha_rate = 0.05, 0.01
     algorithm = algorithms.apfl(LEVEL, rate, batches.updates(3, 4), 0.4, alpha_rate=alpha_rate)
-    state, found = settled(algorithm, rounds=2)
+    state, found = jax.jit(lambda: settled(algorithm, rounds=2))()
     shared, own, alpha = 0.0, np.zeros(3), np.full(3, 0.4)
     for _ in range(2):
         local = np.full(3, shared)
@@ -205,10 +225,9 @@ def test_fedreps_subspace_contracts_where_a_shared_head_does_not_find_it():
 
 def test_fedreps_phases_follow_one_another_in_a_round(normed_model, sites):
     """Without a body phase the body stays as it came; without a head phase the head does; momentum starts with its phase."""
-    variables = normed_model.init(KEY)
+    variables = jax.jit(normed_model.init)(KEY)
     for share, moving in ((1.0, "Dense_1"), (0.0, "Dense_0")):
-        algorithm = algorithms.fedrep(normed_model, optax.sgd(0.1, 0.9), WORK, HEAD, head_share=share)
-        _, own = deployed(algorithm, variables, sites, COHORTS[:1])
+        _, own = deployed(fedrep_of_the_head, normed_model, variables, sites, COHORTS[:1], (share,))
         for name in ("Dense_0", "Dense_1"):
             still = np.array_equal(own.params[name]["kernel"][2], variables.params[name]["kernel"])
             assert still == (name != moving)
@@ -216,21 +235,20 @@ def test_fedreps_phases_follow_one_another_in_a_round(normed_model, sites):
 
 def test_fedala_that_learns_no_weights_shares_fedavgs_model(plain_model, sites, references):
     variables, averaged, _ = references
-    state, _ = deployed(algorithms.fedala(plain_model, SGD, WORK, EVERYTHING, rate=0.0), variables, sites)
+    state, _ = deployed(fedala_of_everything, plain_model, variables, sites, hyper=(0.0,))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y[0], atol=1e-6), state.shared, averaged)
     # nor does it where the first round finds all models alike, whatever the rate
-    first, _ = deployed(algorithms.fedala(plain_model, SGD, WORK, EVERYTHING), variables, sites, COHORTS[:1])
+    first, _ = deployed(fedala_of_everything, plain_model, variables, sites, COHORTS[:1], (1.0,))
     for leaf in jax.tree.leaves(first.clients.weights):
         np.testing.assert_array_equal(leaf, 1)
 
 
 def test_fedalas_weights_descend_the_loss_between_a_sites_model_and_the_shared_one(plain_model, sites):
     """Two rounds of one site and another, full batches: what the weights are then, in NumPy."""
-    work = batches.epochs(1, 16)
-    algorithm = algorithms.fedala(plain_model, SGD, work, EVERYTHING, rate=0.7, first_passes=2)
-    variables = plain_model.init(KEY)
-    state, _ = deployed(algorithm, variables, sites, [cohort_of([2, 4])])
-    after, _ = deployed_from(algorithm, state, sites, cohort_of([2, 4]))
+    algorithm = algorithms.fedala(plain_model, SGD, batches.epochs(1, 16), EVERYTHING, rate=0.7, first_passes=2)
+    round, cohort = jax.jit(algorithm.round), cohort_of([2, 4])
+    state, _ = round(KEY, algorithm.init(jax.jit(plain_model.init)(KEY), N), cohort, sites)
+    after, _ = round(jax.random.fold_in(KEY, 9), state, cohort, sites)
     shared, own = (np.float64(tree.params["Dense_0"]["kernel"]) for tree in (state.shared, jax.tree.map(lambda leaf: leaf[2], state.clients.own)))
     shared_bias, own_bias = (np.float64(tree.params["Dense_0"]["bias"]) for tree in (state.shared, jax.tree.map(lambda leaf: leaf[2], state.clients.own)))
     rows = slice(int(sites.offset[2]), int(sites.offset[2] + sites.size[2]))
@@ -247,12 +265,9 @@ def test_fedalas_weights_descend_the_loss_between_a_sites_model_and_the_shared_o
     assert (w < 1).any()
 
 
-def deployed_from(algorithm, state, sites, cohort):
-    return jax.jit(algorithm.round)(jax.random.fold_in(KEY, 9), state, cohort, sites)
-
-
 def test_fedala_blends_only_its_top(normed_model, sites):
-    state, _ = deployed(algorithms.fedala(normed_model, SGD, WORK, HEAD), normed_model.init(KEY), sites)
-    weights = state.clients.weights
+    variables = jax.jit(normed_model.init)(KEY)
+    state, _ = deployed(lambda model: algorithms.fedala(model, SGD, WORK, HEAD), normed_model, variables, sites)
+    weights = jax.device_get(state.clients.weights)
     assert weights["Dense_0"]["kernel"] is None and weights["Dense_1"]["kernel"].shape == (N, 6, 3)
     assert (weights["Dense_1"]["kernel"] < 1).any() and (weights["Dense_1"]["kernel"] >= 0).all()

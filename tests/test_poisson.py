@@ -119,7 +119,7 @@ def test_a_large_site_is_sampled_all_over():
 def test_lanes_of_different_sizes_draw_as_each_alone_and_a_site_without_heads_has_padding():
     work = batches.poisson(0.25, 3, 40)
     keys, sizes = jax.random.split(KEY, 4), jnp.array([1, 7, 40, 23])
-    orders = jax.vmap(work.order)(keys, sizes)
+    orders = jax.jit(jax.vmap(work.order))(keys, sizes)
     together = jax.jit(jax.vmap(work.draw))(orders, jnp.arange(4))
     alone = jax.jit(work.draw)
     for lane, n in enumerate(sizes.tolist()):
@@ -129,7 +129,7 @@ def test_lanes_of_different_sizes_draw_as_each_alone_and_a_site_without_heads_ha
         assert index.max() < n and index.dtype == jnp.int32 and mask.dtype == jnp.float32
     single = samples(work, 1, 4_000)
     assert stats.binomtest(int(single.sum()), 4_000, 0.25).pvalue > 1e-3
-    np.testing.assert_allclose(jax.vmap(work.expected)(orders), 0.25 * sizes)
+    np.testing.assert_allclose(jax.jit(jax.vmap(work.expected))(orders), 0.25 * sizes)
     np.testing.assert_array_equal(work.steps(sizes), [3, 3, 3, 3])
 
 
@@ -164,7 +164,7 @@ def test_a_capacity_that_is_exceeded_as_often_as_the_accounting_forgives_keeps_a
     """The order of a batch tells which: heads come in the order of the records, a random subset in none."""
     for capacity, ranked in ((poisson.slots(0.3, 400, 1e-9), False), (poisson.slots(0.3, 400, 1e-9) - 1, True)):
         work = batches.poisson(0.3, 1, 400, capacity=capacity)
-        index, mask = work.draw(work.order(KEY, jnp.int32(400)), jnp.int32(0))
+        index, mask = jax.jit(lambda work=work: work.draw(work.order(KEY, jnp.int32(400)), jnp.int32(0)))()
         found = np.asarray(index)[np.asarray(mask) > 0]
         assert len(found) > 50 and (np.diff(found) > 0).all() == (not ranked)
 
@@ -219,7 +219,7 @@ def test_rounds_are_the_same_in_any_number_of_lanes(plain_model):
     states = []
     for lanes in (1, 3):
         algorithm = algorithms.fedavg(plain_model, optax.sgd(0.1), work, engine=Engine(lanes))
-        state = algorithm.init(plain_model.init(KEY), N)
+        state = algorithm.init(jax.jit(plain_model.init)(KEY), N)
         state, metrics = jax.jit(algorithm.round)(KEY, state, sampling.everyone().draw(KEY, jnp.int32(0), sites), sites)
         states.append(state.shared)
         assert (np.asarray(metrics.clients["steps"]) == 3).all()

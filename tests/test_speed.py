@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from experiments import speed
-from experiments.benchmark import floor
+from experiments.benchmark import floor, workloads
 from experiments.benchmark.measure import measure
 from experiments.benchmark.private import measure_private
 from experiments.benchmark.workloads import WORKLOADS, generate, load
 from experiments.common import cli
-from fl_jax import algorithms, models
+from fl_jax import algorithms, core, models
 from fl_jax.errors import FlJaxError
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +42,20 @@ def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("work") / "w4.npz"
     np.savez(path, **arrays_of_w4())
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def models_begin_in_one_program():
+    """Layer by layer, as where nothing is jitted, it takes seconds."""
+    model_of = workloads._model
+
+    def jitted(*given):
+        model = model_of(*given)
+        return model._replace(init=jax.jit(model.init))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workloads, "_model", jitted)
+        yield
 
 
 def log_softmax(logits):
@@ -111,8 +125,9 @@ def test_the_floor_is_plain_sgd_whatever_its_form():
             np.testing.assert_allclose(after[leaf], expected[leaf], atol=1e-6)
 
 
-def test_the_price_of_privacy_is_that_of_the_same_rounds_with_another_gradient():
+def test_the_price_of_privacy_is_that_of_the_same_rounds_with_another_gradient(monkeypatch):
     """W4's rounds, which take as many steps whatever the gradient; a private one cannot be free."""
+    monkeypatch.setattr(core, "client_mesh", lambda: None)  # the eight devices of the tests are two cores
     measured = measure_private([("W4", 10)], rounds=1, lanes=2, pairs=1, say=lambda sentence: None)
     (row,) = measured["private"]
     assert row["workload"] == "W4" and row["batch"] == 10 and row["private_over_plain"] == row["ratios"][0]
@@ -142,12 +157,17 @@ def test_parameters_are_taken_in_layer_order(tmp_path):
     path = tmp_path / "w2.npz"
     np.savez(path, x=x, y=np.arange(4), offsets=[0, 2, 4], cohorts=[[0, 1]], eval_idx=[0], **{f"p{i}": p for i, p in enumerate(given)})
     work = load("W2", path, 1)
-    pixels = (jnp.float32(x)[..., None] - 128) / 128
-    for kernel, bias in (given[0:2], given[2:4]):
-        pixels = models.xla_convolution(pixels, jnp.asarray(kernel), (1, 1), ((2, 2), (2, 2))) + bias
-        pixels = jax.nn.relu(models.max_pool(pixels, (2, 2), (2, 2)))
-    hidden = jax.nn.relu(pixels.reshape(4, -1) @ given[4] + given[5])
-    np.testing.assert_allclose(work.model.predict(work.variables, work.sites.x), hidden @ given[6] + given[7], atol=1e-3)
+
+    @jax.jit
+    def expected(pixels):
+        for kernel, bias in (given[0:2], given[2:4]):
+            pixels = models.xla_convolution(pixels, jnp.asarray(kernel), (1, 1), ((2, 2), (2, 2))) + bias
+            pixels = jax.nn.relu(models.max_pool(pixels, (2, 2), (2, 2)))
+        hidden = jax.nn.relu(pixels.reshape(4, -1) @ given[4] + given[5])
+        return hidden @ given[6] + given[7]
+
+    pixels = (np.float32(x)[..., None] - 128) / 128
+    np.testing.assert_allclose(jax.jit(work.model.predict)(work.variables, work.sites.x), expected(pixels), atol=1e-3)
 
 
 @pytest.mark.parametrize("change, words", [

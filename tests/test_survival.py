@@ -21,6 +21,7 @@ NUM_SITES, NUM_ROWS = 3, 40  # one shape for all examples: one compilation
 
 measured = jax.jit(lambda risk, y, site: concordance_index(metrics.by_site(risk, y, site, NUM_SITES)))
 counted = jax.jit(lambda risk, y, site: metrics.counts(metrics.by_site(risk, y, site, NUM_SITES)))
+of_one_site = jax.jit(lambda risk, y, site: concordance_index(metrics.by_site(risk, y, site, 1)))
 loss = jax.jit(models.cox_partial_likelihood.batch)
 gradient = jax.jit(jax.grad(models.cox_partial_likelihood.batch))
 
@@ -73,7 +74,7 @@ def test_any_number_of_records_is_counted(rows):
     event[0] = True
     risk = (rng.normal(size=rows) - time / 1000).astype(np.float32)
     site = np.zeros(rows, np.int32)
-    found = concordance_index(metrics.by_site(risk[:, None], Survival(time, event), site, 1))
+    found = of_one_site(risk[:, None], Survival(time, event), site)
     np.testing.assert_allclose(found[0], expected_concordance(risk, Survival(time, event)), rtol=1e-6, equal_nan=True)
 
 
@@ -174,14 +175,21 @@ def test_a_federated_round_of_the_linear_model_is_the_mean_of_the_sites_steps():
     rng = np.random.default_rng(5)
     sizes, x = np.array([5, 9]), rng.normal(size=(14, 3)).astype(np.float32)
     y = Survival(rng.integers(1, 6, 14).astype(np.float32), (rng.random(14) < 0.6).astype(np.float32))
-    sites = Sites(jnp.asarray(x), jax.tree.map(jnp.asarray, y), jnp.array([0, 5], jnp.int32), jnp.asarray(sizes, jnp.int32))
+    sites = Sites(x, y, np.array([0, 5], np.int32), sizes.astype(np.int32))
     model = models.bridge(models.LinearCox(), jnp.zeros((1, 3)), models.cox_partial_likelihood)
-    variables = model.init(jax.random.key(0))
+    variables = jax.jit(model.init)(jax.random.key(0))
     (before,) = jax.tree.leaves(variables)  # one leaf: there is no bias
     algorithm = algorithms.fedavg(model, optax.sgd(0.5), batches.epochs(1, 16))
-    cohort = sampling.everyone().draw(jax.random.key(1), 0, sites)
-    state, _ = jax.jit(algorithm.round)(jax.random.key(2), algorithm.init(variables, 2), cohort, sites)
-    (after,) = jax.tree.leaves(algorithm.model(state, jnp.int32(0)))
+
+    @jax.jit
+    def a_round(variables, sites):
+        cohort = sampling.everyone().draw(jax.random.key(1), 0, sites)
+        state, _ = algorithm.round(jax.random.key(2), algorithm.init(variables, 2), cohort, sites)
+        scores = evaluation.evaluate(model, lambda id: algorithm.model(state, id), sites, 4, SURVIVAL)
+        return algorithm.model(state, jnp.int32(0)), scores
+
+    deployed, scores = a_round(variables, sites)
+    (after,) = jax.tree.leaves(deployed)
     expected = np.zeros(3)
     for rows in (slice(0, 5), slice(5, 14)):
         _, slope = partial_likelihood(x[rows] @ np.asarray(before)[:, 0], Survival(y.time[rows], y.event[rows]))
@@ -189,10 +197,9 @@ def test_a_federated_round_of_the_linear_model_is_the_mean_of_the_sites_steps():
     np.testing.assert_allclose(np.asarray(after)[:, 0], expected, rtol=1e-5, atol=1e-6)
 
     assert model.evaluate is None  # a partial likelihood is of a batch, not of a record
-    scores = evaluation.evaluate(model, lambda id: algorithm.model(state, id), sites, 4, SURVIVAL)
     for i, rows in enumerate((slice(0, 5), slice(5, 14))):
         risk = (x[rows] @ np.asarray(after))[:, 0]
         expected = expected_concordance(risk, Survival(y.time[rows], y.event[rows]))
         np.testing.assert_allclose(scores.site["c_index"][i], expected, rtol=1e-6)
-    value, _ = model.loss(jax.random.key(3), variables.params, {}, Batch(x, y, jnp.ones(14)))
+    value, _ = jax.jit(model.loss)(jax.random.key(3), variables.params, {}, Batch(x, y, np.ones(14, np.float32)))
     np.testing.assert_allclose(value, partial_likelihood(x @ np.asarray(before)[:, 0], y)[0], rtol=1e-5)
