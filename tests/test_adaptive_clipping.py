@@ -100,6 +100,7 @@ def test_a_user_pays_the_budget_by_an_independent_account():
     assert config.cohort == 100 and config.rounds == 100 and config.count_noise * config.cohort == 5  # m / 20
 
 
+@pytest.mark.slow
 def test_every_bound_pays_the_same(finished, given):
     config, run = finished
     for name in bounds(config):
@@ -112,6 +113,7 @@ def test_every_bound_pays_the_same(finished, given):
     assert ledgers[MEDIAN].epsilon(config.delta, Accountant.PLD) <= ledgers[MEDIAN].epsilon(config.delta)
 
 
+@pytest.mark.slow
 def test_the_claims_are_the_numbers_of_the_rows(finished):
     config, run = finished
     verdicts = {verdict.claim.claim: verdict for verdict in read_claims(run.path / "claims.json")}
@@ -138,6 +140,7 @@ def test_the_claims_are_the_numbers_of_the_rows(finished):
         assert verdicts[text].holds == verdicts[text].claim.admits(measured.mean())
 
 
+@pytest.mark.slow
 def test_rates_are_the_best_on_validation_images(finished):
     config, run = finished
     arms = run.summary["arms"]
@@ -154,6 +157,7 @@ def test_rates_are_the_best_on_validation_images(finished):
         assert [np.mean(point["validation"]) for point in arms[name]["grid"]] == pytest.approx([*scores.values()])
 
 
+@pytest.mark.slow
 def test_tuning_measures_no_test_image_and_the_results_no_validation_image(finished):
     _, run = finished
     rows = run.metrics[run.metrics["metric"] == "accuracy"]
@@ -232,6 +236,7 @@ def test_the_claims_of_the_full_and_the_quick_form():
     assert config.chosen[-1] in Config().plain_rates
 
 
+@pytest.mark.slow
 def test_what_is_left_behind_is_complete_and_a_finished_study_is_resumed_as_it_is(finished, run_study):
     config, run = finished
     assert {path.stem for path in (run.path / "figures").glob("*.png")} == {

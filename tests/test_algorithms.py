@@ -74,6 +74,9 @@ ALGORITHMS: dict[str, Callable[[Model, Engine], FederatedAlgorithm]] = {
 }
 VARIED = {"fedbn", "median"}  # what stays at sites, and what is stacked: driven in more ways than the others
 MAPPED = VARIED | {"scaffold", "fedrep", "ditto", "ifca", "ftrl fedbn", "quantized fedavgm"}  # one of each kind: it compiles for long
+DEALT = MAPPED | {  # one of each client, personal part, aggregator and uplink: the others are made of the same pieces
+    "feddyn", "fednova", "moon", "q_fedavg", "agnostic", "pfedme", "apfl", "fedala", "per_fedavg", "local_only", "distributed private fedbn",
+    "locally private fedprox", "sparse fedbn"}
 SENDS_LESS = {"sparse fedbn", "quantized fedavgm", "quantized scaffold", "ifca"}
 
 
@@ -132,12 +135,13 @@ def test_a_round_keeps_the_states_structure_and_compiles_once(built, sites, name
     assert np.isfinite(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(after)])).all()
 
 
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name in DEALT])
 def test_results_do_not_depend_on_lanes_or_devices(built, sites, name):
     _, state, round = built(name)
     expected = two_rounds(round, state, cohort_of(IDS), sites)
     engines = [(2, 2)]
-    if name in VARIED:  # also more lanes or devices than sites, or all of them
-        engines += [(3, 1), (6, 1), (1, 8)]
+    if name in VARIED:  # also more lanes or devices than sites
+        engines += [(6, 1), (1, 8)]
     for lanes, devices in engines:
         _, state, many = built(name, lanes, devices)
         # float32 rounds differently in every program, and BatchNorm over a few records enlarges it

@@ -98,6 +98,7 @@ def test_tcga_brca_is_flambys(published_data, raw_files):
     np.testing.assert_array_equal(carved.test.x, dataset.test.x)
 
 
+@pytest.mark.slow
 def test_mnist_is_as_published_and_its_test_set_is_common(published_data, raw_files):
     train, test = (data.mnist(split, data_dir=published_data("mnist")) for split in ("train", "test"))
     with gzip.open(raw_files("mnist") / "train-images-idx3-ubyte.gz") as file:

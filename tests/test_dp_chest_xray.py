@@ -177,6 +177,7 @@ def auroc(run, arm, seed, split="test", site="all"):
     return rows["value"].item()
 
 
+@pytest.mark.slow
 def test_the_claims_are_the_numbers_of_the_rows(finished):
     config, run = finished
     verdicts = {verdict.claim.claim: verdict for verdict in read_claims(run.path / "claims.json")}
@@ -195,6 +196,7 @@ def test_the_claims_are_the_numbers_of_the_rows(finished):
     assert largest.measured == pytest.approx(by_site["value"].max() / 3) and largest.holds and least.holds
 
 
+@pytest.mark.slow
 def test_what_is_chosen_is_the_best_on_validation_images_and_tuning_sees_no_test_image(finished):
     config, run = finished
     for plan in config.arms:
@@ -210,6 +212,7 @@ def test_what_is_chosen_is_the_best_on_validation_images_and_tuning_sees_no_test
     assert not of_grid[rows["split"] == "unseen"].any()
 
 
+@pytest.mark.slow
 def test_clips_move_as_they_should_and_without_privacy_nothing_is_cut(finished):
     config, run = finished
     rounds = run.metrics[(run.metrics["split"] == "round") & (run.metrics["site"] == "all")]

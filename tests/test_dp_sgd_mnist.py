@@ -228,6 +228,7 @@ def rows_of(run, name, metric, split, site="all"):
     return rows[(rows["arm"] == name) & (rows["metric"] == metric) & (rows["split"] == split) & (rows["site"] == site)]
 
 
+@pytest.mark.slow
 def test_all_settings_that_are_not_left_out_are_trained_for_their_steps(study):
     config, run = study
     assert {*run.metrics["arm"]} == {BY_FIELD[field].name(config) for field in ("strict", "default", "plain", "strict_plain")}
@@ -238,6 +239,7 @@ def test_all_settings_that_are_not_left_out_are_trained_for_their_steps(study):
     assert (seeds[0] != seeds[1]).all()
 
 
+@pytest.mark.slow
 def test_claims_are_judged_by_the_rows_and_by_the_ledger_of_the_run(study):
     config, run = study
     verdicts = {verdict.claim.claim: verdict for verdict in read_claims(run.path / "claims.json")}
@@ -267,6 +269,7 @@ def test_claims_are_judged_by_the_rows_and_by_the_ledger_of_the_run(study):
         assert summary["share_clipped"] == pytest.approx(shares.tolist()) and 0 < min(shares) < 1
 
 
+@pytest.mark.slow
 def test_plain_settings_promise_nothing_and_learn(study):
     config, run = study
     rows = run.metrics
@@ -279,6 +282,7 @@ def test_plain_settings_promise_nothing_and_learn(study):
     assert names[6:] == ["no privacy, rate .5, 4 epochs: test accuracy"]
 
 
+@pytest.mark.slow
 def test_the_report_has_figures_and_says_what_epsilon_is_not_about(study):
     _, run = study
     for name in ("accuracy_over_epochs", "accuracy_over_epsilon"):

@@ -109,6 +109,7 @@ def finished(tmp_path_factory):
     return config, load_run(config.out)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_the_rows_say(finished):
     config, run = finished
     rows = run.metrics[(run.metrics["round"] == 4) & (run.metrics["split"] == "test") & (run.metrics["metric"] == METRIC)]
@@ -123,6 +124,7 @@ def test_what_is_written_is_what_the_rows_say(finished):
     assert not any("nan" in sentence for sentence in run.summary["reading"])
 
 
+@pytest.mark.slow
 def test_the_grid_is_judged_on_validation_records_of_other_seeds(finished):
     _, run = finished
     grid = run.metrics[run.metrics["arm"].str.startswith("grid of ")]

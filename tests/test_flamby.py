@@ -92,6 +92,7 @@ def test_records_are_shared_out_to_all_without_one_together_and_alone():
     np.testing.assert_array_equal(both.train.x[1, 19:], 0)
 
 
+@pytest.mark.slow
 def test_every_arm_site_and_left_out_site_is_in_the_rows_once(study):
     rows = study[1].metrics
     assert not rows.duplicated(["arm", "seed", "round", "split", "site", "metric"]).any()
@@ -108,6 +109,7 @@ def test_every_arm_site_and_left_out_site_is_in_the_rows_once(study):
     assert sorted(zip(curve["site"], curve["round"])) == [(name, r) for name in SITES for r in (1, 2)]
 
 
+@pytest.mark.slow
 def test_the_study_judges_its_claims_and_draws_its_figures(study):
     config, run = study
     verdicts = read_claims(run.path / "claims.json")
@@ -130,6 +132,7 @@ def fit_alone(dataset, protocol, config, arm, seed):
     return training.fit(study, [chosen], [seed], runs)[arm]
 
 
+@pytest.mark.slow
 def test_leaving_a_site_out_is_training_without_it(study):
     config, run = study
     alone = fit_alone(HEART.load(("c",)), HEART, config, "FedAdagrad", 43).rows
@@ -151,6 +154,7 @@ def test_fedadams_first_step_is_flambys():
         np.testing.assert_allclose(after, before + step, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_survival_goes_the_same_way(tmp_path, monkeypatch):
     monkeypatch.setattr(fed_tcga_brca, "PROTOCOL", dataclasses.replace(BRCA, bars={"FedAdam": 0.02}))
     monkeypatch.setattr(flamby, "federated_arms", lambda *args, all_arms=flamby.federated_arms: [

@@ -161,6 +161,7 @@ def finished(tmp_path_factory):
     return config, load_run(config.out)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_claims_policies_and_figures(finished):
     config, left = finished
     assert [verdict.claim.claim for verdict in read_claims(config.out / "claims.json")] == [claim.claim for claim in claims(config)]
@@ -170,6 +171,7 @@ def test_a_run_leaves_claims_policies_and_figures(finished):
     assert left.summary["mended"] == MENDED[1] and len(left.summary["reading"]) >= 6
 
 
+@pytest.mark.slow
 def test_policies_differ_where_hospitals_do_and_the_averaged_model_is_one_for_all(finished):
     _, left = finished
     gaps = Gaps(left.metrics, SMALL)
