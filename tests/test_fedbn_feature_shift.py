@@ -97,6 +97,7 @@ def test_claims_are_of_every_domain_against_fedavg_and_alone():
     assert not any(claim.admits(-0.05) for claim in (*full, *quick) if claim.expected)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_the_rows_say(finished):
     config, run = finished
     rows = run.metrics[(run.metrics["metric"] == "accuracy") & (run.metrics["round"] == 6)]

@@ -40,6 +40,7 @@ def values(run, arm, metric, split):
     return rows.pivot(index="seed", columns="round", values="value").to_numpy()
 
 
+@pytest.mark.slow
 def test_every_method_share_and_federation_is_in_the_rows(study):
     config, run, _ = study
     kept = {f"{share} stragglers, mu {mu}" for share in ("0%", "50%", "90%") for mu in (0, 1)}
@@ -49,6 +50,7 @@ def test_every_method_share_and_federation_is_in_the_rows(study):
         assert values(run, arm, "loss", "validation").shape == values(run, arm, "accuracy", "test").shape == (config.seeds, config.rounds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [ONE, fedprox_report.IID])
 def test_devices_descend_and_are_averaged_by_their_records(study, name):
     """Against NumPy: two full-batch steps at every device, the second of which feels the proximal term; then the mean."""
@@ -72,6 +74,7 @@ def test_devices_descend_and_are_averaged_by_their_records(study, name):
         assert values(run, f"0% stragglers, mu {mu}, {name}", "accuracy", "test")[1, -1] == pytest.approx(hits, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_stragglers_are_dropped_by_fedavg_and_kept_by_fedprox_in_the_same_cohorts(study):
     config, run, _ = study
     rows = run.metrics[run.metrics["split"] == "round"]
@@ -85,6 +88,7 @@ def test_stragglers_are_dropped_by_fedavg_and_kept_by_fedprox_in_the_same_cohort
     assert (of("0% stragglers", "steps") == full).all() and (of("50% stragglers", "steps") == full - 2).all()
 
 
+@pytest.mark.slow
 def test_claims_measure_what_they_say(study):
     config, run, _ = study
     verdicts = {verdict.claim.claim: verdict for verdict in read_claims(run.path / "claims.json")}

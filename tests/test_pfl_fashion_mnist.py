@@ -150,6 +150,7 @@ def test_the_arms_have_the_settings(monkeypatch):
     np.testing.assert_allclose(sgd.update(gradient, sgd.init(gradient))[0]["w"], -0.005)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_the_rows_say(finished):
     config, run = finished
     rows = run.metrics[(run.metrics["metric"] == "accuracy") & (run.metrics["split"] == "test")]
@@ -170,6 +171,7 @@ def test_what_is_written_is_what_the_rows_say(finished):
     assert not any("nan" in sentence for sentence in run.summary["reading"])
 
 
+@pytest.mark.slow
 def test_ditto_without_a_pull_is_training_alone_and_fine_tuning_comes_after_the_rounds(finished):
     _, run = finished
     rows = run.metrics.set_index(["arm", "seed", "round", "split", "site", "metric"]).sort_index()["value"]

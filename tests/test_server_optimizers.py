@@ -95,6 +95,7 @@ def accuracy(run, arm, seed, rounds, split="test", site="all"):
     return rows["value"].mean()
 
 
+@pytest.mark.slow
 def test_the_claims_are_the_numbers_of_the_rows(finished):
     config, run = finished
     verdicts = {verdict.claim.claim: verdict for verdict in read_claims(run.path / "claims.json")}
@@ -115,6 +116,7 @@ def test_the_claims_are_the_numbers_of_the_rows(finished):
         assert verdict.holds == verdict.claim.admits(values.mean())
 
 
+@pytest.mark.slow
 def test_the_chosen_rates_are_the_best_on_validation_images_and_are_what_is_run(finished):
     _, run = finished
     for partition in (DIRICHLET, IID):
@@ -131,6 +133,7 @@ def test_the_chosen_rates_are_the_best_on_validation_images_and_are_what_is_run(
         assert arms[PLAIN]["rates"] == {CLIENT: max(plain, key=lambda pair: np.mean(pair[0]))[1], SERVER: 1.0}
 
 
+@pytest.mark.slow
 def test_tuning_measures_no_test_image_and_the_results_no_validation_image(finished):
     _, run = finished
     rows = run.metrics[run.metrics["metric"] == "accuracy"]
@@ -141,6 +144,7 @@ def test_tuning_measures_no_test_image_and_the_results_no_validation_image(finis
     assert not rows.duplicated(["arm", "seed", "round", "split", "site"]).any()
 
 
+@pytest.mark.slow
 def test_other_test_images_change_no_choice_and_a_finished_study_is_resumed_as_it_is(finished, tmp_path, monkeypatch):
     monkeypatch.setitem(mnist.IMAGES, "fashion_mnist", lambda split: images(split, poison=True))
     config, run = finish(tmp_path / "run", methods=(FEDAVG,))
@@ -179,6 +183,7 @@ def test_the_worst_client_is_the_one_whose_mix_of_classes_fares_worst(plain):
     assert (measured.worst_client(DIRICHLET, FEDAVG) <= measured.values(DIRICHLET, FEDAVG) + 1e-9).all()
 
 
+@pytest.mark.slow
 def test_rounds_are_counted_to_the_target(finished):
     config, run = finished
     for partition in (DIRICHLET, IID):
@@ -206,6 +211,7 @@ def test_the_records_of_each_class_are_one_site():
         assert found == {label: table.x[table.y == label, 0].tolist() for label in range(4)}
 
 
+@pytest.mark.slow
 def test_what_is_left_behind_is_complete(finished):
     _, run = finished
     assert {path.stem for path in (run.path / "figures").glob("*.png")} == {
