@@ -168,6 +168,7 @@ def test_tuning_measures_no_test_image_and_the_results_no_validation_image(finis
     assert not rows.duplicated(["arm", "seed", "round", "split", "site"]).any()
 
 
+@pytest.mark.slow
 def test_each_row_has_its_own_clip_and_rate(given):
     config, _, metrics, _ = given
     for name, clip in zip(bounds(config)[:-1], config.clips, strict=True):
@@ -185,6 +186,7 @@ def test_each_row_has_its_own_clip_and_rate(given):
     assert not np.allclose(*(values(metrics, name, "update_norm", "round") for name in (one, bounds(config)[2])), rtol=0.1)
 
 
+@pytest.mark.slow
 def test_the_arms_are_dp_fedavg_with_server_momentum_and_fedavgm(given):
     """Restated with numbers where the study has rows of a program."""
     config, model, metrics, _ = given

@@ -233,6 +233,7 @@ def test_the_quick_form_holds_by_the_numbers_of_its_rows_and_ledgers(quick_form)
     assert {*ledgers} == {arm(e) for e in config.epsilons for arm in (lambda e: chosen(FEDERATED, e), as_many_steps)}
 
 
+@pytest.mark.slow
 def test_choices_are_the_best_on_validation_records_and_blind_to_test_records(monkeypatch):
     seen, known, compile_arms, validation_scores = [], {}, training.compile_arms, rate_grid.validation_scores
 

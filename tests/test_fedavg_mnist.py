@@ -168,6 +168,7 @@ def _small(patch):
 SMALL_TARGETS = Config(two_nn_iid=SMALL, two_nn_shards=dataclasses.replace(SMALL, target=0.999))
 
 
+@pytest.mark.slow
 def test_claims_are_judged_by_the_rounds_of_the_metrics(study):
     _, run = study
     verdicts = {verdict.claim.claim: verdict for verdict in read_claims(run.path / "claims.json")}
@@ -185,6 +186,7 @@ def test_claims_are_judged_by_the_rounds_of_the_metrics(study):
     assert tests[tests["arm"] == "2NN, two shards"]["round"].max() == 2
 
 
+@pytest.mark.slow
 def test_the_rate_is_chosen_by_validation_images(study):
     _, run = study
     rows = run.metrics[run.metrics["arm"].str.contains("choosing")]

@@ -128,6 +128,7 @@ def test_the_arms_have_the_settings(monkeypatch):
     assert all(options["engine"].lanes == 2 for _, options in calls.values())
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_the_rows_say(finished):
     config, run, stated_claims = finished
     rows = run.metrics[(run.metrics["metric"] == "accuracy") & (run.metrics["split"] == "test") & (run.metrics["site"] == "all")]

@@ -125,6 +125,7 @@ def test_the_floor_is_plain_sgd_whatever_its_form():
             np.testing.assert_allclose(after[leaf], expected[leaf], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_price_of_privacy_is_that_of_the_same_rounds_with_another_gradient(monkeypatch):
     """W4's rounds, which take as many steps whatever the gradient; a private one cannot be free."""
     monkeypatch.setattr(core, "client_mesh", lambda: None)  # the eight devices of the tests are two cores

@@ -180,6 +180,7 @@ def test_policies_differ_where_hospitals_do_and_the_averaged_model_is_one_for_al
     assert all(np.isfinite(gaps.values(arm, cell)).all() for arm in POLICIES for cell in CELLS)
 
 
+@pytest.mark.slow
 def test_the_grid_is_judged_after_either_budget_on_validation_images():
     seen = []
 
