@@ -1,4 +1,4 @@
-"""One contract for all algorithms: a row in ALGORITHMS is tested by everything here."""
+"""One contract for all algorithms: a row in ALGORITHMS is tested by everything here, but for lanes and devices (DEALT)."""
 
 from collections.abc import Callable
 from functools import cache
